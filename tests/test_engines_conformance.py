@@ -236,6 +236,37 @@ def test_the_learner_may_train_as_soon_as_the_last_sample_is_there(world: World)
             assert not any(torch.isnan(p).any() for p in model.parameters())
 
 
+def test_a_pause_between_turns_changes_no_sample(world: World) -> None:
+    first = [replace(one, session=str(i)) for i, one in enumerate(ragged(8))]
+    second = [
+        replace(one, tokens=one.tokens + sample.tokens + (9,))
+        for one, sample in zip(first, world.ask(*first), strict=True)
+    ]
+    world.engine.pause()
+    world.engine.pause()
+    with world.policy.training():
+        pass
+    world.engine.resume()
+    world.engine.load_policy(0)
+    for one, sample in zip(second, world.ask(*second), strict=True):
+        agree(world, one, sample)
+
+
+def test_a_pause_holds_up_nobody_who_is_under_way(world: World) -> None:
+    async def everything() -> list[Sample]:
+        tasks = [asyncio.create_task(world.engine.sample(one)) for one in asked]
+        await asyncio.sleep(0)
+        world.engine.pause()
+        try:
+            return await asyncio.wait_for(asyncio.gather(*tasks), 60)
+        finally:
+            world.engine.resume()
+
+    asked = [request(seed=i, max_new=30, stop_ids=(), session=str(i)) for i in range(4)]
+    for one, sample in zip(asked, asyncio.run(everything()), strict=True):
+        agree(world, one, sample)
+
+
 def test_closing_fails_who_still_waits_and_may_be_repeated(world: World) -> None:
     async def everything() -> None:
         world.engine.join(2)                               # one of whom never asks

@@ -52,6 +52,11 @@ class Engine(Protocol):
         """The longest sequence (prompt and completion together) that the model takes."""
         ...
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether this engine may go on sampling the loaded version while the learner makes the next one."""
+        ...
+
     def join(self, count: int) -> None:
         """`count` more callers (episodes, reflection calls) now feed this engine; see `leave`."""
         ...
@@ -73,6 +78,14 @@ class Engine(Protocol):
 
     def load_policy(self, version: int) -> None:
         """From now on serve this version of the weights. Raises EngineError if it cannot prove that it does."""
+        ...
+
+    def pause(self) -> None:
+        """The learner is about to work: free the memory that nothing under way needs. May be repeated."""
+        ...
+
+    def resume(self) -> None:
+        """The learner has finished: what `pause` freed is taken back when it is needed. May be repeated."""
         ...
 
     def close(self) -> None: ...

@@ -24,7 +24,7 @@ from torch import nn
 from espl_train.config import EngineConfig
 from espl_train.engines.base import EngineError, Request, Sample
 from espl_train.engines.decode import Decoder
-from espl_train.engines.kv import slab_for
+from espl_train.engines.kv import Slab, slab_for
 from espl_train.engines.slots import Row
 
 TICKS = 32      # rounds of an event loop in which a caller that only computes has long asked again
@@ -86,6 +86,7 @@ class LocalEngine:
         self._released: list[str] = []
         self._callers = 0
         self._unsettled: dict[Loop, int] = {}
+        self._forgetting = False
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -93,6 +94,11 @@ class LocalEngine:
     def context_length(self) -> int:
         """The longest sequence that the model takes."""
         return self.policy.context_length
+
+    @property
+    def concurrent(self) -> bool:
+        """See `Engine`. Sampling and training take turns on the policy whose weights are shared."""
+        return False
 
     def join(self, count: int) -> None:
         """See `Engine`."""
@@ -139,6 +145,18 @@ class LocalEngine:
             if self._decoder is not None:
                 self._decoder.memory.forget()
             self._version = version
+
+    def pause(self) -> None:
+        """See `Engine`. Keys and values of episodes between two turns are forgotten; idle, the whole slab is."""
+        with self._changed:
+            if self._queue or self._running:
+                self._forgetting = True                    # by the worker, at the next admission: it is at work there
+            elif self._decoder is not None:
+                self._decoder.slab.drop()
+                self._decoder = self._decoder_over(self._decoder.slab)
+
+    def resume(self) -> None:
+        """See `Engine`. The slab grows again with the first request."""
 
     def close(self) -> None:
         """Stop the worker; whatever still waits gets an EngineError."""
@@ -215,7 +233,7 @@ class LocalEngine:
     def _burst(self, model: nn.Module, policy: int | None) -> list[_Call]:
         """Serve `policy` until nothing of it is left; the calls that ended last are returned, all others delivered."""
         if self._decoder is None:
-            self._decoder = Decoder(slab_for(model), self.device, self.config.slots, self._kv_bytes)
+            self._decoder = self._decoder_over(slab_for(model))
         self._decoder.slab.model = model
         while True:
             done = self._admit(self._decoder, model, policy)
@@ -227,12 +245,18 @@ class LocalEngine:
             if not self._settled():
                 return []
 
+    def _decoder_over(self, slab: Slab) -> Decoder:
+        return Decoder(slab, self.device, self.config.slots, self._kv_bytes)
+
     def _admit(self, decoder: Decoder, model: nn.Module, policy: int | None) -> list[_Call]:
         """Take what fits from the queue; scores are computed at once and returned."""
         with self._changed:
             for session in self._released:
                 decoder.memory.release(session)
             self._released.clear()
+            if self._forgetting:
+                decoder.memory.forget()
+                self._forgetting = False
             self._queue = [call for call in self._queue if call.row is None or not call.row.cancelled]
             ours = sorted((call for call in self._queue if call.policy == policy), key=lambda call: call.order)
         scores = [call for call in ours if call.row is None]
