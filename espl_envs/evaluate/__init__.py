@@ -1,0 +1,1 @@
+"""Evaluation of any agent on any environment: `espl-eval`. Runs without torch."""

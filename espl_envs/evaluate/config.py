@@ -1,0 +1,153 @@
+"""What an evaluation is about: environments, agent, samples, prompts, prices. Everything that decides its numbers.
+
+`config.json` of a run directory is an `EvalConfig`. It names the data of every environment by hash, so that results
+are never compared across different tasks unawares, and it never holds a credential.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from espl_envs.core.errors import EsplError
+from espl_envs.evaluate.records import EpisodeKey
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EnvConfig:
+    """One environment of a run: the first `tasks` tasks of a split that has `size` of them and this content hash."""
+
+    id: str
+    split: str
+    tasks: int
+    size: int
+    data_hash: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Who plays. kind: "callable", "endpoint", "command", "run", "model", "builtin". name: what tables call it.
+    settings: whatever else decides its behaviour (temperature, max_tokens, the command), JSON-able, no credentials."""
+
+    kind: str
+    name: str
+    model: str | None = None
+    base_url: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.base_url is not None:
+            object.__setattr__(self, "base_url", without_credentials(self.base_url))
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Money per million tokens."""
+
+    prompt: float
+    completion: float
+    currency: str = "USD"
+
+    def cost(self, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
+        """Of one call; None where a count is unknown."""
+        if prompt_tokens is None or completion_tokens is None:
+            return None
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """A whole evaluation.
+
+    k: samples per task. limit: what the user asked for (`EnvConfig.tasks` says what came of it). system_prompts: full
+    texts; empty means the environments' own. suite: the version of this package. started: UTC, ISO 8601.
+    """
+
+    envs: tuple[EnvConfig, ...]
+    agent: AgentConfig
+    k: int = 1
+    limit: int | None = None
+    system_prompts: tuple[str, ...] = ()
+    seed: int = 0
+    prices: Prices | None = None
+    suite: str = ""
+    started: str = ""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise EsplError(f"k is {self.k}, expected at least 1 sample per task")
+        pairs = [(env.id, env.split) for env in self.envs]
+        if twice := sorted({pair for pair in pairs if pairs.count(pair) > 1}):
+            raise EsplError(f"{twice[0][0]} ({twice[0][1]}) is named twice: a run evaluates an environment once")
+
+    def keys(self, env: EnvConfig | None = None) -> Iterator[EpisodeKey]:
+        """Every episode that belongs to the run (or to one of its environments), samples of a task together."""
+        for one in self.envs if env is None else (env,):
+            for prompt in range(max(1, len(self.system_prompts))):
+                for task in range(one.tasks):
+                    for sample in range(self.k):
+                        yield EpisodeKey(one.id, one.split, task, sample, prompt)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Self:
+        """Read what `to_json` wrote; `where` names the file in errors. Raises EsplError for anything else."""
+        try:
+            raw = json.loads(text)
+            version = raw.pop("format")
+            if version != FORMAT:
+                raise EsplError(f"{where} has format {version}, this version reads {FORMAT}: evaluate anew or update")
+            raw["envs"] = tuple(EnvConfig(**env) for env in raw["envs"])
+            raw["agent"] = AgentConfig(**raw["agent"])
+            raw["system_prompts"] = tuple(raw["system_prompts"])
+            raw["prices"] = raw["prices"] and Prices(**raw["prices"])
+            return cls(**raw)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise EsplError(f"{where} is no configuration of espl-eval ({type(error).__name__}: {error})") from error
+
+    def differences(self, other: EvalConfig) -> dict[str, tuple[Any, Any]]:
+        """What decides the numbers and is not the same: dotted field → (here, there)."""
+        here, there = _flat(_decisive(self)), _flat(_decisive(other))
+        absent = "nothing"
+        return {
+            name: (here.get(name, absent), there.get(name, absent))
+            for name in dict.fromkeys([*here, *there])
+            if here.get(name, absent) != there.get(name, absent)
+        }
+
+    def grows_into(self, other: EvalConfig) -> bool:
+        """Whether `other` is this evaluation with more samples or more tasks: what is there already stays valid."""
+        if set(self.differences(other)) - {"k", "limit"} - {f"envs.{env.id} ({env.split}).tasks" for env in self.envs}:
+            return False
+        pairs = zip(self.envs, other.envs, strict=True)
+        return other.k >= self.k and all(mine.tasks <= theirs.tasks for mine, theirs in pairs)
+
+
+def without_credentials(url: str) -> str:
+    """A URL without user, password, query and fragment: all the places where a key may stand."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _decisive(config: EvalConfig) -> dict[str, Any]:
+    """Without what changes no number, the environments by name."""
+    raw = json.loads(config.to_json())
+    for name in ("format", "started", "prices"):
+        del raw[name]
+    raw["envs"] = {f"{env.pop('id')} ({env['split']})": env for env in raw["envs"]}
+    raw["system_prompts"] = dict(enumerate(raw["system_prompts"]))
+    return raw
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or (name and not value):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}" if name else str(key)).items()}
