@@ -156,13 +156,13 @@ while data := os.read(0, 1 << 18):
     for frame in decoder.feed(data):
         encoder = encoder or Encoder(frames.TO_HOST, decoder.key)
         if frame.kind == frames.HELLO:
-            os.write(1, encoder.encode(frames.READY, {{"version": 1, "facts": {{}}}}))
+            os.write(1, encoder.encode(frames.READY, {{"version": frames.VERSION, "facts": {{}}}}))
         elif frame.kind == frames.CALL:
             call = frame.seq
             os.write(1, {answer})
 """
 RESULT = '{"call": call, "status": "ok", "exit_code": 0, "out": 0, "err": 0, "value": False, "truncated": False,' \
-    ' "bytes_out": 0, "wall_s": 0, "cpu_s": 0, "peak_mb": 0'
+    ' "bytes_out": 0, "wall_us": 0, "cpu_us": 0, "peak_kib": 0'
 
 
 @pytest.mark.parametrize("answer", [
@@ -170,6 +170,8 @@ RESULT = '{"call": call, "status": "ok", "exit_code": 0, "out": 0, "err": 0, "va
     f'encoder.encode(frames.RESULT, {RESULT}, "status": "splendid"}})',
     f'encoder.encode(frames.RESULT, {RESULT}, "exit_code": "0"}})',
     f'encoder.encode(frames.RESULT, {RESULT}, "out": None}})',
+    f'encoder.encode(frames.RESULT, {RESULT}, "wall_us": "0"}})',
+    f'encoder.encode(frames.RESULT, {RESULT}, "cpu_us": 10 ** 400}})',
     'encoder.encode(frames.RESULT, {"call": call})',
     'encoder.encode(frames.RESULT, {})',
     'encoder.encode(frames.READY, {"call": call})',

@@ -18,13 +18,12 @@ def result(header: dict[str, Any], content: bytes) -> ExecResult:
     if status not in _STATUSES or not (code is None or isinstance(code, int)):
         raise ValueError(f"status {status!r}, exit code {code!r}")
     out, err = int(header["out"]), int(header["err"])
-    stdout, stderr, value = (
-        part.decode("utf-8", "replace") for part in (content[:out], content[out:out + err], content[out + err:])
-    )
+    text = content[:out].decode("utf-8", "replace")
+    errors = content[out:out + err].decode("utf-8", "replace")
+    value = content[out + err:].decode("utf-8", "replace") if header["value"] else None
     return ExecResult(
-        status, code, stdout, stderr, value if header["value"] else None,
-        bool(header["truncated"]), int(header["bytes_out"]), float(header["wall_s"]), float(header["cpu_s"]),
-        float(header["peak_mb"]), bool(header.get("fresh", False)),
+        status, code, text, errors, value, bool(header["truncated"]), int(header["bytes_out"]),
+        header["wall_us"] / 1e6, header["cpu_us"] / 1e6, header["peak_kib"] / 1024, bool(header.get("fresh", False)),
     )
 
 

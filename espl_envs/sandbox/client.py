@@ -51,6 +51,10 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+class _Late(Exception):
+    """What is read instead of a result that does not come; lighter than a timeout around every call."""
+
+
 async def connect(
     reader: asyncio.StreamReader, writer: Writer, spec: SandboxSpec, *, name: str, claims: frozenset[str],
     remove: Callable[[], Awaitable[None]], timeout: float, roots: Sequence[str] | None = None,
@@ -254,7 +258,7 @@ class RemoteSandbox:
         """A box whose answers do not mean anything is not ours any more."""
         try:
             return read(header, content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             await self._break("protocol", f"an answer without sense ({error!r})")
 
     async def _run(self, order: dict[str, Any], body: bytes, timeout: float | None) -> ExecResult:
@@ -283,10 +287,13 @@ class RemoteSandbox:
         """One CALL and its RESULT."""
         seq = self._send(frames.CALL, order, body)
         self._in_flight = seq
+        late = asyncio.get_running_loop().call_later(timeout + self._grace, self._reader.set_exception, _Late())
         try:
-            async with asyncio.timeout(timeout + self._grace):
+            try:
                 result = await self._receive()
-        except TimeoutError:
+            finally:
+                late.cancel()
+        except _Late:
             await self._break("gone", f"no result {self._grace:g} s after the call's limit of {timeout:g} s")
         except asyncio.CancelledError:
             await self._cancelled(seq)

@@ -28,6 +28,7 @@ REMEDIES = (
 )
 LIMIT = 1 << 20                # bytes of a box's output that may wait for their reader, doubled; then the box waits
 STDOUT, STDERR = 1, 2
+_STDOUT = bytes((STDOUT, 0, 0, 0))
 
 
 def host() -> str:
@@ -86,6 +87,10 @@ class Stream(asyncio.StreamReaderProtocol):
         return self._stderr.decode(errors="replace").strip()
 
     def data_received(self, data: bytes) -> None:
+        whole = data[:4] == _STDOUT and int.from_bytes(data[4:8], "big") == len(data) - 8 > 0
+        if whole and not self._left and not self._head:
+            self.reader.feed_data(data[8:])        # one whole piece: nearly always, and every call waits for this
+            return
         rest = memoryview(data)
         if not self.answer.done():
             rest = self._answered(data)

@@ -75,9 +75,15 @@ class Cgroup:
         if self.memory is not None:
             with contextlib.suppress(OSError):
                 self._events = os.open(events, os.O_RDONLY | os.O_CLOEXEC)
+        self._kills_seen = self._kills()
 
-    def oom_kills(self) -> int:
-        """How many processes of the group were ended for want of memory, ever; 0 where that is not counted."""
+    def killed(self) -> bool:
+        """Whether processes of the group were ended for want of memory since this was last asked."""
+        before, self._kills_seen = self._kills_seen, self._kills()
+        return self._kills_seen > before
+
+    def _kills(self) -> int:
+        """How many, ever; 0 where that is not counted."""
         if self._events < 0:
             return 0
         for line in os.pread(self._events, 1024, 0).split(b"\n"):

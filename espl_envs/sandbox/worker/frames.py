@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 HELLO, READY, CALL, RESULT, INTERRUPT = 1, 2, 3, 4, 5
 TO_BOX, TO_HOST = b"\x00", b"\x01"
-VERSION = 1
+VERSION = 2
 LIMIT = 1 << 20            # header and body together
 KEY_BYTES = 32
 
@@ -79,11 +79,12 @@ class Decoder:
         """The frames that `data` completes. Raises FrameError at the first byte that cannot be right."""
         if self._broken is not None:
             raise FrameError(self._broken)
-        self._buffer += data
+        buffer = self._buffer
+        buffer += data
         frames = []
         try:
-            while len(self._buffer) >= _HEAD.size:
-                frame = self._next()
+            while len(buffer) >= _HEAD.size:
+                frame = self._next(buffer)
                 if frame is None:
                     break
                 frames.append(frame)
@@ -92,8 +93,8 @@ class Decoder:
             raise
         return frames
 
-    def _next(self) -> Frame | None:
-        kind, seq, header_length, body_length, mac = _HEAD.unpack_from(self._buffer)
+    def _next(self, buffer: bytearray) -> Frame | None:
+        kind, seq, header_length, body_length, mac = _HEAD.unpack_from(buffer)
         if kind not in _KINDS[self._direction] or (kind == HELLO) != (self.key is None):
             raise FrameError(f"a frame of type {kind} is out of place")
         if seq != self._seq:
@@ -101,10 +102,10 @@ class Decoder:
         if header_length + body_length > LIMIT:
             raise FrameError(f"a frame of {header_length + body_length} bytes, at most {LIMIT} are allowed")
         end = _HEAD.size + header_length + body_length
-        if len(self._buffer) < end:
+        if len(buffer) < end:
             return None
-        covered, content = bytes(self._buffer[:_COVERED.size]), bytes(self._buffer[_HEAD.size:end])
-        del self._buffer[:end]
+        covered, content = bytes(buffer[:_COVERED.size]), bytes(buffer[_HEAD.size:end])
+        del buffer[:end]
         key = self.key
         if key is None:            # only a HELLO says what to check it with
             header = self._header(content[:header_length])

@@ -20,6 +20,7 @@ from .output import LIMIT, Capture, Pipe
 from .talk import FINE, NO_MEMORY
 
 GRACE = 0.25               # seconds between asking and killing
+ROUSE = 0.01               # seconds after which a session that has not taken its source may be a stopped one
 _ANSWER_LIMIT = (1 << 20) - 4096
 _SIGNALLED = 128           # a program that a signal ended: its exit code as shells have it
 
@@ -32,21 +33,27 @@ class Job:
     def __init__(self, box: Box, seq: int, header: dict[str, Any]) -> None:
         self.box, self.seq = box, seq
         self.started = time.monotonic()
-        self.deadline = self.started + float(header["timeout"])
+        self.due = self.started + float(header["timeout"])      # when to call `late`
         self.ending: str | None = None         # why it was stopped, once it was
         self.out, self.err = Capture(), Capture()
         self.pipes: tuple[Pipe, ...] = ()      # opened for this call alone
         self.pid = 0
-        self._oom_kills = box.cgroup.oom_kills()
         self._orphans_cpu = box.tree.orphans_cpu
 
     def stop(self, why: str) -> None:
         """Ask it to end, and set the time at which it will be killed."""
         self.ending = why
-        self.deadline = time.monotonic() + GRACE
+        self.due = time.monotonic() + GRACE
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGINT)
             os.killpg(self.pid, signal.SIGCONT)
+
+    def late(self) -> None:
+        """Its time has come."""
+        if self.ending is None:
+            self.stop("timeout")
+        else:
+            self.kill()
 
     def kill(self) -> None:
         """End everybody who belongs to the call."""
@@ -66,15 +73,16 @@ class Job:
         raise NotImplementedError
 
     def _report(self, status: str, code: int | None, cpu: float, peak_kib: int, value: bytes | None) -> Result:
-        if status != "ok" and self.box.cgroup.oom_kills() > self._oom_kills:
+        if status != "ok" and self.box.cgroup.killed():
             status = "out_of_memory"
         out, err = self.out.content(), self.err.content()
         header = {
             "status": self.ending or status, "exit_code": code if self.ending is None else None,
             "out": len(out), "err": len(err), "value": value is not None,
             "truncated": self.out.truncated or self.err.truncated, "bytes_out": self.out.total + self.err.total,
-            "wall_s": time.monotonic() - self.started,
-            "cpu_s": cpu + self.box.tree.orphans_cpu - self._orphans_cpu, "peak_mb": peak_kib / 1024,
+            # whole numbers: the digits of fractions take longer to make than all the rest of a header
+            "wall_us": int((time.monotonic() - self.started) * 1e6),
+            "cpu_us": int((cpu + self.box.tree.orphans_cpu - self._orphans_cpu) * 1e6), "peak_kib": peak_kib,
         }
         return header, out + err + (value or b"")
 
@@ -86,6 +94,7 @@ class PythonJob(Job):
         super().__init__(box, seq, header)
         self._source = source
         self._sessions = 0
+        self._limit = self.due
         self.give(session)
 
     def give(self, session: Interpreter) -> None:
@@ -93,10 +102,18 @@ class PythonJob(Job):
         self._session, self._fresh = session, session.fresh
         self._sessions += 1
         self.pid = session.pid
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGCONT)         # whoever stopped it between calls
         self._cpu = session.cpu()
         session.submit(self._source, self.out, self.err)
+        self._roused, self.due = False, min(self.started + ROUSE, self._limit)
+
+    def late(self) -> None:
+        if self._roused or self.ending is not None:
+            super().late()
+            return
+        self._roused, self.due = True, self._limit
+        if self._session.unheard():                   # somebody stopped it between calls
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGCONT)
 
     def unheard(self) -> bool:
         """Whether the session ended, as it had long been going to, before it took notice of this call."""

@@ -6,13 +6,13 @@ supervisor believes nothing that it says except about the call in flight.
 
 from __future__ import annotations
 
+import _signal
 import builtins
 import fcntl
 import io
 import linecache
 import os
 import resource
-import signal
 import sys
 import traceback
 import types
@@ -22,6 +22,7 @@ from typing import Any
 from .talk import FINE, NO_MEMORY, RAISED, REPLY, REQUEST, VALUE_KEEP
 
 _SOURCES_KEPT = 500
+_PIECE = 1 << 16
 _HIGH = 200                             # out of the way of code that closes low descriptors by habit
 
 
@@ -84,19 +85,28 @@ _EXPRESSION = type(compile("0", "", "eval", _ONLY_AST))
 def _serve(
     requests: int, replies: int, run: Callable[[int, bytes], tuple[int, str | None]], *,
     read: Any = os.read, write: Any = os.write, getpid: Any = os.getpid, leave: Any = os._exit,
-    on: Any = signal.signal, number_of: Any = signal.SIGINT, ignore: Any = signal.SIG_IGN,
-    interrupt: Any = signal.default_int_handler, usage: Any = resource.getrusage, whom: Any = resource.RUSAGE_SELF,
+    on: Any = _signal.signal, number_of: Any = _signal.SIGINT, ignore: Any = _signal.SIG_IGN,
+    interrupt: Any = _signal.default_int_handler, usage: Any = resource.getrusage, whom: Any = resource.RUSAGE_SELF,
 ) -> None:
     me, own = getpid(), (sys.stdout, sys.stderr)
 
-    def exactly(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            piece = read(requests, count - len(data))
-            if not piece:
-                leave(0)
-            data += piece
-        return data
+    def more() -> bytes:
+        piece: bytes = read(requests, _PIECE)         # one call at a time is sent, so nothing of the next is in it
+        if not piece:
+            leave(0)
+        return piece
+
+    def request() -> tuple[int, bytes]:
+        data = more()
+        while len(data) < REQUEST.size:
+            data += more()
+        number, size = REQUEST.unpack_from(data)
+        if len(data) < REQUEST.size + size:
+            whole = bytearray(data)
+            while len(whole) < REQUEST.size + size:
+                whole += more()
+            data = bytes(whole)
+        return number, data[REQUEST.size:]
 
     def calm() -> None:
         while True:
@@ -109,8 +119,7 @@ def _serve(
     calm()
     try:
         while True:
-            number, size = REQUEST.unpack(exactly(REQUEST.size))
-            source = exactly(size)
+            number, source = request()
             outcome, value = RAISED, None
             try:
                 on(number_of, interrupt)

@@ -89,7 +89,7 @@ class Supervisor:
             if now >= self._end:
                 self._lifetime_over()
                 return
-            until = self._end if self._job is None else min(self._end, self._job.deadline)
+            until = self._end if self._job is None else min(self._end, self._job.due)
             self._regrouped = False
             for fd, _ in self._poll.poll(math.ceil(max(0.0, until - now) * 1000)):
                 handler = self._handlers.get(fd)
@@ -265,11 +265,8 @@ class Supervisor:
         if not job.over():
             if job.flooding():
                 job.stop("output_limit")
-            elif time.monotonic() >= job.deadline:
-                if job.ending is None:
-                    job.stop("timeout")
-                else:
-                    job.kill()
+            elif time.monotonic() >= job.due:
+                job.late()
         if job.over():
             if isinstance(job, PythonJob) and job.unheard():
                 job.give(self._renew_session())
@@ -283,6 +280,7 @@ class Supervisor:
         header, body = job.finish()
         self._job = None
         self._answer(job.seq, header, body)
+        self._box.cgroup.killed()             # from here on it concerns the next call; asked while the host is at work
         self._renew_session()
 
     def _lifetime_over(self) -> None:
