@@ -58,7 +58,7 @@ def test_only_the_requested_positions_come_back():
     model = tiny_model()
     ids = torch.randint(2, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     before = torch.tensor([3, 4, 9 + 6])
-    logp, entropy = token_logprobs(model, ids, torch.ones_like(ids), before, ids.flatten()[before + 1], 0.7)
+    logp, entropy = token_logprobs(model, {"input_ids": ids}, before, ids.flatten()[before + 1], 0.7)
     table = torch.log_softmax(model(input_ids=ids).logits / 0.7, -1).flatten(0, 1)[before]
     torch.testing.assert_close(logp, table.gather(1, ids.flatten()[before + 1, None])[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, -(table.exp() * table).sum(1), atol=1e-5, rtol=0)

@@ -16,8 +16,8 @@ def test_contexts_and_sampled_ids_alternate_and_only_sampled_ids_are_targets():
     two_turns = rollout(1.0, [((2, 3), (4, 5)), ((6, 7, 8), (9,))], [[-0.1, -0.2], [-0.3]])
     short = rollout(0.0, [((2, 3), (10,))], [[-0.4]], sample=1)
     (batch,) = pack([group(short, two_turns, advantages=(-1.0, 1.0))], budget=1000)
-    assert batch.ids.tolist() == [[2, 3, 4, 5, 6, 7, 8, 9], [2, 3, 10, 0, 0, 0, 0, 0]]
-    assert batch.attention.tolist() == [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert batch.inputs["input_ids"].tolist() == [[2, 3, 4, 5, 6, 7, 8, 9], [2, 3, 10, 0, 0, 0, 0, 0]]
+    assert batch.inputs["attention_mask"].tolist() == [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]
     assert batch.targets.tolist() == [4, 5, 9, 10]
     assert batch.before.tolist() == [1, 2, 6, 8 + 1]
     assert batch.behaviour.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
@@ -34,7 +34,7 @@ def test_groups_without_contrast_faults_and_empty_replies_are_left_out():
         advantages=(0.5, 0.0, -0.5),
     )
     (batch,) = pack([flat, mixed], budget=1000)
-    assert batch.ids.shape == (1, 4)
+    assert batch.inputs["input_ids"].shape == (1, 4)
     assert pack([flat], budget=1000) == []
 
 
@@ -50,10 +50,10 @@ def test_any_budget_gives_the_same_tokens_with_the_same_weights(seed, budget, no
     (whole,) = pack(groups, 10**9, normalise, 16)
     parts = pack(groups, budget, normalise, 16)
     for part in parts:
-        assert part.ids.numel() <= budget or len(part.ids) == 1
+        assert part.inputs["input_ids"].numel() <= budget or part.sequences == 1
     for name in ("targets", "behaviour", "advantages", "weights"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    lengths = [int(n) for part in parts for n in part.attention.sum(1)]
+    lengths = [int(n) for part in parts for n in part.inputs["attention_mask"].sum(1)]
     assert lengths == sorted(lengths, reverse=True)
 
 

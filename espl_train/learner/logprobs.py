@@ -7,7 +7,7 @@ soft cap) and `check_head` proves it on the model at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,7 @@ def check_head(causal: Any, name: str = "") -> None:
     ids = torch.arange(1, 6, device=next(causal.parameters()).device)[None]      # [1, 5]
     theirs = causal(input_ids=ids, use_cache=False).logits[0].float()
     try:
-        ours = head_of(causal).logits(_hidden(causal, ids, None)[0])
+        ours = head_of(causal).logits(_hidden(causal, {"input_ids": ids})[0])
         agree = ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max())
     except (AttributeError, TypeError) as error:
         raise EsplError(f"model '{name}' cannot be trained: its output head is of an unknown kind ({error})") from error
@@ -65,13 +65,14 @@ def check_head(causal: Any, name: str = "") -> None:
 
 
 def token_logprobs(
-    causal: Any, ids: Tensor, attention: Tensor | None, before: Tensor, targets: Tensor, temperature: float = 1.0
+    causal: Any, inputs: Mapping[str, Any], before: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy (without gradient) of the distribution it came from, at `temperature`.
 
-    ids and attention [B, L]; before [K] flat positions whose logits predict targets [K]; returns two [K] in fp32.
+    `inputs` are the decoder's arguments, `input_ids` [B, L] among them; before [K] flat positions in [B·L] whose logits
+    predict targets [K] (one may predict several); returns two [K] in fp32.
     """
-    hidden = _hidden(causal, ids, attention).flatten(0, 1)[before]               # [K, H]
+    hidden = _hidden(causal, inputs).flatten(0, 1)[before]                       # [K, H]
     return chunked_logprobs(head_of(causal), hidden, targets, temperature)
 
 
@@ -79,7 +80,7 @@ def sequence_logprobs(causal: Any, tokens: Sequence[int], start: int, temperatur
     """Log-probabilities of tokens[start:], each given all before it. [len(tokens) - start]"""
     ids = torch.tensor(tokens, device=next(causal.parameters()).device)          # [L]
     before = torch.arange(start - 1, len(tokens) - 1, device=ids.device)
-    return token_logprobs(causal, ids[None], None, before, ids[start:], temperature)[0]
+    return token_logprobs(causal, {"input_ids": ids[None]}, before, ids[start:], temperature)[0]
 
 
 def chunked_logprobs(
@@ -91,9 +92,9 @@ def chunked_logprobs(
     return logp, entropy
 
 
-def _hidden(causal: Any, ids: Tensor, attention: Tensor | None) -> Tensor:
+def _hidden(causal: Any, inputs: Mapping[str, Any]) -> Tensor:
     """[B, L, H], after the decoder's last norm."""
-    return causal.get_decoder()(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+    return causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 class _Chunked(torch.autograd.Function):

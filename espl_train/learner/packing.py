@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,19 +30,23 @@ class TrainingSequence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """B sequences of at most L ids, padded on the right; K sampled tokens, row by row."""
+    """What one forward pass computes, and the K sampled tokens that are learnt from it."""
 
-    ids: Tensor           # [B, L]
-    attention: Tensor     # [B, L] 1 on real ids, 0 on padding
+    inputs: dict[str, Any]    # the decoder's arguments, `input_ids` [B, L] among them
+    sequences: int
     before: Tensor        # [K] flat position, in [B·L], of the id before each sampled one: its logits predict it
     targets: Tensor       # [K] the sampled ids
     behaviour: Tensor     # [K]
     advantages: Tensor    # [K]
     weights: Tensor       # [K] one over the global denominator
-    rows: Tensor          # [K] row of each sampled token, 0..B-1
+    rows: Tensor          # [K] which sequence a sampled token belongs to, 0..sequences-1
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The same on another device."""
+        tensors = [field.name for field in fields(self) if field.name not in ("inputs", "sequences")]
+        moved = {name: getattr(self, name).to(device) for name in tensors}
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return MicroBatch(inputs=inputs, sequences=self.sequences, **moved)
 
 
 def pack(groups: Sequence[Group], budget: int, normalise: str = "sum", constant: int = 1) -> list[MicroBatch]:
@@ -111,8 +115,8 @@ def _padded(chunk: Sequence[Weighted]) -> MicroBatch:
     lengths = torch.tensor([len(s.ids) for s in sequences])                                       # [B]
     at = rows * ids.shape[1] + torch.cat([s.sampled for s in sequences])                          # [K]
     return MicroBatch(
-        ids=ids,
-        attention=(torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        inputs={"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()},
+        sequences=len(chunk),
         before=at - 1,
         targets=ids.flatten()[at],
         behaviour=torch.cat([s.behaviour for s in sequences]),

@@ -11,7 +11,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,34 +19,17 @@ from torch import Tensor
 from espl_train.config import LearnerConfig
 from espl_train.learner.advantages import BASELINES
 from espl_train.learner.logprobs import check_head, token_logprobs
-from espl_train.learner.losses import LOSSES, NORMALISATIONS, LossInputs, LossOutputs, divergence
+from espl_train.learner.losses import LOSSES, NORMALISATIONS, LossInputs, divergence
 from espl_train.learner.naming import choose
 from espl_train.learner.packing import MicroBatch, pack
 from espl_train.learner.policy import Policy
+from espl_train.learner.tally import Tally, UpdateReport
 from espl_train.records import Group
 
 NO_CONTRAST = "no contrast"
 NOT_FINITE = "gradient not finite"
 
-
-@dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """What one update saw and did. Means are over the sampled tokens of the sequences that were trained on."""
-
-    version: int                  # of the weights after the update
-    skipped: str | None           # why nothing was stepped
-    loss: float = 0.0
-    grad_norm: float = 0.0        # before clipping
-    rate: float = 0.0
-    tokens: int = 0               # sampled ones
-    sequences: int = 0
-    ratio_mean: float = 1.0
-    ratio_max: float = 1.0
-    clip_fraction: float = 0.0
-    entropy: float = 0.0          # of the distribution that was sampled from
-    behaviour_kl: float = 0.0     # KL(behaviour ‖ policy): how far off-policy the batch is
-    reference_kl: float = 0.0     # KL(policy ‖ base model); measured where `kl` > 0
-    seconds: float = 0.0
+__all__ = ["Learner", "UpdateReport"]
 
 
 class Learner:
@@ -72,11 +54,10 @@ class Learner:
     def update(self, groups: Sequence[Group]) -> UpdateReport:
         """Learn from one batch of groups (advantages assigned): at most one optimiser step."""
         start = time.perf_counter()
-        config = self.config
-        batches = pack(groups, config.micro_batch_tokens, config.normalise, config.normalise_constant)
+        batches = self._micro_batches(groups)
         if not batches:
             return self._skip(NO_CONTRAST, start)
-        tally = _Tally()
+        tally = Tally()
         with self.policy.training(), torch.enable_grad():
             for batch in batches:
                 self._accumulate(batch.to(self.policy.device), tally)
@@ -84,12 +65,10 @@ class Learner:
             if not math.isfinite(norm):
                 self._forget_gradients()
                 return self._skip(NOT_FINITE, start)
-            rate = config.learning_rate * min(1.0, (self.steps + 1) / max(1, config.warmup))
+            rate = self._rate()
             self._step(rate)
         version = self.policy.advance()
-        return UpdateReport(
-            version, None, grad_norm=norm, rate=rate, seconds=time.perf_counter() - start, **tally.summary()
-        )
+        return tally.report(version, grad_norm=norm, rate=rate, seconds=time.perf_counter() - start)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-identical continuation needs, the trained weights included, on the CPU."""
@@ -114,25 +93,41 @@ class Learner:
             for master, saved in zip(self._masters, state["masters"], strict=False):
                 master.copy_(saved)
 
-    def _accumulate(self, batch: MicroBatch, tally: _Tally) -> None:
+    def _micro_batches(self, groups: Sequence[Group]) -> list[MicroBatch]:
+        """The whole update, weights set; empty where there is nothing to learn."""
+        config = self.config
+        return pack(groups, config.micro_batch_tokens, config.normalise, config.normalise_constant)
+
+    def _accumulate(self, batch: MicroBatch, tally: Tally) -> None:
         """Add one micro-batch's share to the gradient and to the tally."""
-        where = batch.ids, batch.attention, batch.before, batch.targets, self.temperature
-        reference = None
-        if self.config.kl:
-            with self.policy.reference() as base:
-                reference, _ = token_logprobs(base, *where)                      # [K]
-        logp, entropy = token_logprobs(self.policy.causal, *where)               # [K]
-        inputs = LossInputs(
-            logp, batch.behaviour, batch.advantages, batch.weights, batch.rows, bounds=self.config.ratio_bounds
-        )
+        reference = self._reference(batch) if self.config.kl else None
+        inputs, entropy = self._loss_inputs(batch)
         outputs = self.loss(inputs)
-        loss = outputs.loss
-        if reference is not None:
-            to_reference = divergence(logp, reference)                           # [K]
-            loss = loss + self.config.kl * (batch.weights * to_reference).sum()
-            tally.reference_kl += float(to_reference.detach().sum())
+        loss = outputs.loss if reference is None else outputs.loss + self._penalty(inputs, reference, tally)
         loss.backward()
-        tally.add(inputs, outputs, loss, entropy, len(batch.ids))
+        tally.add(inputs, outputs, loss, entropy, batch.sequences)
+
+    def _loss_inputs(self, batch: MicroBatch) -> tuple[LossInputs, Tensor]:
+        """What the losses work on, log-probabilities with their gradient; and the entropies. [K] each"""
+        logp, entropy = token_logprobs(
+            self.policy.causal, batch.inputs, batch.before, batch.targets, self.temperature
+        )
+        bounds = self.config.ratio_bounds
+        return LossInputs(logp, batch.behaviour, batch.advantages, batch.weights, batch.rows, bounds=bounds), entropy
+
+    def _reference(self, batch: MicroBatch) -> Tensor:
+        """Log-probabilities under the frozen base model. [K]"""
+        with self.policy.reference() as base:
+            return token_logprobs(base, batch.inputs, batch.before, batch.targets, self.temperature)[0]
+
+    def _penalty(self, inputs: LossInputs, reference: Tensor, tally: Tally) -> Tensor:
+        """What the distance to the base model costs."""
+        distance = divergence(inputs.logp, reference)                            # [K]
+        tally.sums["reference_kl"] += float(distance.detach().sum())
+        return self.config.kl * (inputs.weights * distance).sum()
+
+    def _rate(self) -> float:
+        return self.config.learning_rate * min(1.0, (self.steps + 1) / max(1, self.config.warmup))
 
     def _gradient_norm(self) -> float:
         """Hand the gradients to the optimiser's tensors, clip them, and say how long they were before."""
@@ -160,38 +155,6 @@ class Learner:
     def _skip(self, reason: str, start: float) -> UpdateReport:
         self.skipped[reason] += 1
         return UpdateReport(self.policy.version, reason, seconds=time.perf_counter() - start)
-
-
-class _Tally:
-    """Sums over the micro-batches of one update."""
-
-    def __init__(self) -> None:
-        self.loss = self.ratio = self.clipped = self.entropy = self.behaviour_kl = self.reference_kl = 0.0
-        self.ratio_max = 0.0
-        self.tokens = self.sequences = 0
-
-    def add(self, inputs: LossInputs, outputs: LossOutputs, loss: Tensor, entropy: Tensor, sequences: int) -> None:
-        self.loss += float(loss.detach())
-        self.ratio += float(outputs.ratio.sum())
-        self.ratio_max = max(self.ratio_max, float(outputs.ratio.max()))
-        self.clipped += float(outputs.clipped.sum())
-        self.entropy += float(entropy.sum())
-        self.behaviour_kl += float(divergence(inputs.behaviour, inputs.logp.detach()).sum())
-        self.tokens += len(inputs.logp)
-        self.sequences += sequences
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss,
-            "tokens": self.tokens,
-            "sequences": self.sequences,
-            "ratio_mean": self.ratio / self.tokens,
-            "ratio_max": self.ratio_max,
-            "clip_fraction": self.clipped / self.tokens,
-            "entropy": self.entropy / self.tokens,
-            "behaviour_kl": self.behaviour_kl / self.tokens,
-            "reference_kl": self.reference_kl / self.tokens,
-        }
 
 
 def _on_cpu(state: Any) -> Any:
