@@ -87,9 +87,25 @@ class SandboxConfig(Section):
 class EngineConfig(Section):
     """Who samples."""
 
-    kind: Literal["local"] = Field("local", description="local: torch, sharing the learner's weights")
+    kind: Literal["local", "vllm"] = Field(
+        "local", description="local: torch, sharing the learner's weights; vllm: for GPUs, with adapters only"
+    )
     slots: Positive = Field(256, description="sequences decoded together")
-    deterministic: bool = Field(True, description="admit requests at reproducible moments: same seed, same bits")
+    context: Positive | None = Field(
+        None, description="tokens of the longest sequence, prompt and reply together; default: the model's"
+    )
+    kv_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="gigabytes for keys and values; default: a quarter of the memory (vllm: what gpu_memory leaves)"
+    )
+    deterministic: bool = Field(
+        True, description="admit requests at reproducible moments: same seed, same bits (vllm: on a CPU)"
+    )
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="vllm: share of the GPU for its copy of the weights, keys and values"
+    )
+    pause: Literal["sleep", "kv", "keep"] = Field(
+        "sleep", description="vllm on a GPU, while the learner works: sleep gives all memory back, kv keeps the weights"
+    )
 
 
 class LearnerConfig(Section):

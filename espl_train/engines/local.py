@@ -3,9 +3,8 @@
 Requests come from an asyncio loop; one worker thread decodes them (`decode.py`). The model's weights are those of the
 asked-for policy only while something is undelivered: once every awaited sample is there, the learner may train.
 
-Deterministic mode: between strides the worker waits until every joined caller either waits for a sample or has left,
-and until the callers' event loops have settled (which covers those who never joined); it admits in an order that only
-the requests decide. Batches, and so every bit, are then the same in every run.
+Deterministic mode: requests are admitted between strides, at moments (`callers.py`) and in an order that only the
+requests decide. Batches, and so every bit, are then the same in every run.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,15 +22,10 @@ from torch import nn
 
 from espl_train.config import EngineConfig
 from espl_train.engines.base import EngineError, Request, Sample
+from espl_train.engines.callers import Callers, Waiter, waiter
 from espl_train.engines.decode import Decoder
 from espl_train.engines.kv import Slab, slab_for
 from espl_train.engines.slots import Row
-
-TICKS = 32      # rounds of an event loop in which a caller that only computes has long asked again
-
-Loop = asyncio.AbstractEventLoop
-Waiter = tuple[Loop, "asyncio.Future[Any]"]
-Outcome = tuple[Waiter, Any, Exception | None]
 
 
 class Weights(Protocol):
@@ -68,7 +62,7 @@ class _Call:
 
 class LocalEngine:
     """Samples from the learner's own policy. `stride` tokens are decoded between two moments of admission and delivery;
-    `kv_bytes` bounds the memory for keys and values (default: a quarter of the device's)."""
+    `kv_bytes` bounds the memory for keys and values (default: as configured, else a quarter of the device's)."""
 
     def __init__(
         self, policy: Weights, config: EngineConfig | None = None, *, stride: int | None = None,
@@ -77,23 +71,21 @@ class LocalEngine:
         self.policy, self.config = policy, config or EngineConfig()
         self.device = policy.device
         self.stride = stride or (8 if self.device.type == "cpu" else 16)
-        self._kv_bytes = kv_bytes or _quarter(self.device)
+        self._kv_bytes = kv_bytes or int((self.config.kv_gb or 0) * 2**30) or _quarter(self.device)
         self._decoder: Decoder | None = None
         self._version: int | None = None
-        self._changed = threading.Condition()
+        self.callers = Callers(self.config.deterministic)
+        self._changed = self.callers.changed
         self._queue: list[_Call] = []
         self._running: dict[Row, _Call] = {}
         self._released: list[str] = []
-        self._callers = 0
-        self._unsettled: dict[Loop, int] = {}
         self._forgetting = False
-        self._closed = False
         self._thread: threading.Thread | None = None
 
     @property
     def context_length(self) -> int:
         """The longest sequence that the model takes."""
-        return self.policy.context_length
+        return min(self.policy.context_length, self.config.context or self.policy.context_length)
 
     @property
     def concurrent(self) -> bool:
@@ -102,14 +94,11 @@ class LocalEngine:
 
     def join(self, count: int) -> None:
         """See `Engine`."""
-        with self._changed:
-            self._callers += count
+        self.callers.join(count)
 
     def leave(self) -> None:
         """See `Engine`."""
-        with self._changed:
-            self._callers -= 1
-            self._changed.notify_all()
+        self.callers.leave()
 
     async def sample(self, request: Request) -> Sample:
         """See `Engine`. Raises EngineError where the prompt is empty or leaves no room for a token."""
@@ -117,7 +106,7 @@ class LocalEngine:
         if not request.tokens or limit < 1:
             raise EngineError(f"a prompt of {len(request.tokens)} tokens does not fit 1..{self.context_length - 1}")
         row = Row(request, limit)
-        call = _Call(request.policy, _waiter(), row)
+        call = _Call(request.policy, waiter(), row)
         try:
             return await self._ask(call)
         except asyncio.CancelledError:
@@ -128,7 +117,7 @@ class LocalEngine:
         """See `Engine`. One plain forward pass, independent of the decoder."""
         if not 0 < start <= len(tokens):
             raise EngineError(f"cannot score from {start} in a sequence of {len(tokens)} tokens")
-        return await self._ask(_Call(policy, _waiter(), None, tuple(tokens), start))
+        return await self._ask(_Call(policy, waiter(), None, tuple(tokens), start))
 
     def release(self, session: str) -> None:
         """See `Engine`."""
@@ -160,9 +149,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Stop the worker; whatever still waits gets an EngineError."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self.callers.close()
         if self._thread is not None:
             self._thread.join()
         self._fail([*self._queue, *self._running.values()], EngineError("the engine was closed"))
@@ -174,12 +161,11 @@ class LocalEngine:
                 self._thread = threading.Thread(target=self._work, name="espl-engine", daemon=True)
                 self._thread.start()
             self._queue.append(call)
-            self._stir(call.waiter[0])
-            self._changed.notify_all()
+            self.callers.asked(call.waiter[0])
         return await call.waiter[1]
 
     def _check(self, policy: int | None) -> None:
-        if self._closed:
+        if self.callers.closed:
             raise EngineError("the engine is closed")
         if policy is not None and policy != self._version:
             raise EngineError(f"asked for policy {policy}, but policy {self._version} is loaded")
@@ -201,34 +187,7 @@ class LocalEngine:
 
     def _settled(self) -> bool:
         """Wait for work, and in deterministic mode for every caller; False once the engine is closed."""
-        with self._changed:
-            while not self._changed.wait_for(self._ready, timeout=0.1 if self._unsettled else None):
-                self._unsettled = {loop: left for loop, left in self._unsettled.items() if not loop.is_closed()}
-            return not self._closed
-
-    def _ready(self) -> bool:
-        waiting = len(self._queue) + len(self._running)
-        if self._closed or not waiting or not self.config.deterministic:
-            return self._closed or waiting > 0
-        return waiting >= self._callers and not any(loop.is_running() for loop in self._unsettled)
-
-    def _stir(self, loop: Loop) -> None:
-        """Callers on `loop` may be about to ask: count its rounds before anything is admitted. Called on `loop`."""
-        if not self.config.deterministic:
-            return
-        counting = self._unsettled.get(loop, 0) > 0
-        self._unsettled[loop] = TICKS
-        if not counting:
-            loop.call_soon(self._tick, loop)
-
-    def _tick(self, loop: Loop) -> None:
-        with self._changed:
-            self._unsettled[loop] -= 1
-            if self._unsettled[loop]:
-                loop.call_soon(self._tick, loop)
-            else:
-                del self._unsettled[loop]
-                self._changed.notify_all()
+        return self.callers.wait(lambda: len(self._queue) + len(self._running))
 
     def _burst(self, model: nn.Module, policy: int | None) -> list[_Call]:
         """Serve `policy` until nothing of it is left; the calls that ended last are returned, all others delivered."""
@@ -278,10 +237,10 @@ class LocalEngine:
         return call
 
     def _deliver(self, calls: list[_Call]) -> None:
-        self._resolve([(call.waiter, call.result, None) for call in calls])
+        self.callers.deliver([(call.waiter, call.result, None) for call in calls])
 
     def _fail(self, calls: list[_Call], error: Exception) -> None:
-        self._resolve([(call.waiter, None, error) for call in calls])
+        self.callers.deliver([(call.waiter, None, error) for call in calls])
 
     def _break(self, policy: int | None, error: Exception) -> None:
         """The model failed: everybody who waits for this policy is told, and the memory starts afresh."""
@@ -294,40 +253,12 @@ class LocalEngine:
         broken.__cause__ = error
         self._fail(failed, broken)
 
-    def _resolve(self, outcomes: list[Outcome]) -> None:
-        """Hand results to their loops: one wake-up per loop, however many results."""
-        for loop in {outcome[0][0] for outcome in outcomes}:
-            mine = [outcome for outcome in outcomes if outcome[0][0] is loop]
-            if loop.is_closed():
-                continue
-            if self.config.deterministic:
-                with self._changed:
-                    self._unsettled.setdefault(loop, 0)
-            with suppress(RuntimeError):               # closed in this very moment: nobody waits there any more
-                loop.call_soon_threadsafe(self._settle, loop, mine)
-
-    def _settle(self, loop: Loop, outcomes: list[Outcome]) -> None:
-        for (_, future), result, error in outcomes:
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-        with self._changed:
-            self._stir(loop)
-
 
 def _score(model: nn.Module, tokens: tuple[int, ...], start: int) -> list[float]:
     ids = torch.tensor([tokens], device=next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(tokens) - start + 1).logits[0, :-1]
     logp = logits.float().log_softmax(-1)                                      # (scored, vocab)
     return logp.gather(1, ids[0, start:, None])[:, 0].double().tolist()
-
-
-def _waiter() -> Waiter:
-    loop = asyncio.get_running_loop()
-    return loop, loop.create_future()
 
 
 def _quarter(device: torch.device) -> int:
