@@ -51,6 +51,9 @@ class RolloutConfig(Section):
     prompts: Positive = Field(3, description="M: system prompts per iteration")
     problems: Positive = Field(10, description="B: problems per iteration")
     samples: Positive = Field(8, description="N: samples per (prompt, problem)")
+    dynamic_rounds: int = Field(
+        0, ge=0, description="rounds in which others replace problems without contrast (DAPO's dynamic sampling)"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="of training samples; the ratios account for it"
     )
@@ -95,7 +98,7 @@ class EngineConfig(Section):
         None, description="tokens of the longest sequence, prompt and reply together; default: the model's"
     )
     kv_gb: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="gigabytes for keys and values; default: a quarter of the memory (vllm: what gpu_memory leaves)"
+        None, description="gigabytes for keys and values; default: a quarter of the memory (vllm: the rest of gpu_memory)"
     )
     deterministic: bool = Field(
         True, description="admit requests at reproducible moments: same seed, same bits (vllm: on a CPU)"
@@ -118,7 +121,11 @@ class LearnerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="of Adam")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of Adam")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as in AdamW")
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the rate falls from the end of the warm-up to the end of the run"
+    )
+    schedule_floor: Fraction = Field(0.0, description="share of the learning rate that a falling schedule ends at")
+    warmup: int = Field(0, ge=0, description="optimiser steps of linear warm-up")
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient norm")
     loss: str = Field(
         "importance_sampling", description="importance_sampling, ppo, cispo or gspo; see learner/losses.py"
@@ -130,7 +137,23 @@ class LearnerConfig(Section):
     normalise_constant: Positive = Field(1024, description="tokens per sequence that normalise = 'constant' divides by")
     baseline: str = Field("prompt", description="see learner/advantages.py")
     divide_by_std: bool = Field(False, description="divide advantages by the group's standard deviation (GRPO)")
+    overlong: Literal["keep", "penalise", "filter"] = Field(
+        "keep", description="replies at the token limits: as any other, DAPO's soft penalty, or not learnt from"
+    )
+    overlong_buffer: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="`penalise`: the last share of a token limit, in which the penalty grows"
+    )
+    overlong_penalty: Annotated[float, Field(ge=0)] = Field(1.0, description="`penalise`: what is taken at the limit")
+    correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "none", description="weigh tokens where the sampler's probabilities are not the learner's"
+    )
+    correction_bounds: tuple[float, float] | None = Field(
+        None, description="of that weight; default: the correction has its own"
+    )
     kl: Annotated[float, Field(ge=0)] = Field(0.0, description="coefficient of KL(policy ‖ reference)")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k2", description="k1 and k2 have the gradient of that KL (k2 is less noisy), k3 is GRPO's"
+    )
     micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward pass: memory, not the gradient")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
 

@@ -24,8 +24,9 @@ from espl_train.evolution.population import Population
 from espl_train.evolution.templates import TemplateSet
 from espl_train.learner.advantages import assign
 from espl_train.learner.policy import Policy
+from espl_train.learner.shaping import Shaping
 from espl_train.learner.update import Learner
-from espl_train.problems import Problems, ProblemSets
+from espl_train.problems import Deck, Problems, ProblemSets
 from espl_train.records import Group, Rollout, RolloutKey, grouped
 from espl_train.report import IterationReport, Totals
 from espl_train.rollout import Collector, Job
@@ -47,9 +48,11 @@ class Trainer:
         parts = (self.sets.train, self.sets.validation, self.sets.test)
         self.boxes = Boxes(config.sandbox, wanted(problems.env for problems in parts))
         self.policy = Policy.load(config.model, config.learner, config.seed)
-        self.learner = Learner(self.policy, config.learner, config.rollout.temperature)
+        self.learner = Learner(self.policy, config.learner, config.rollout.temperature, updates=config.steps)
         self.engine = LocalEngine(self.policy, config.engine)
         self.chat = Chat(self.policy.tokenizer)
+        self.shaping = Shaping(config.learner, config.rollout, frozenset(self.chat.stop_ids))
+        self.deck = Deck(self.sets.train, config.seed)
         self.templates = TemplateSet.load(config.model.templates or self.policy.templates)
         self.population = Population(config.evolution, config.rating, config.seed)
         self.breeder = Breeder(config.evolution, self.templates, config.seed, self.policy.tokenizer.all_special_tokens)
@@ -83,9 +86,7 @@ class Trainer:
         started, config = time.perf_counter(), self.config
         self.step += 1
         players = self.population.select(self.step, config.rollout.prompts, config.rollout.samples)
-        problems = self.sets.train.batch(config.seed, self.step - 1, config.rollout.problems)
-        rollouts = self._play(self.sets.train, players, problems, config.rollout.temperature, "rollouts")
-        groups = assign(grouped(rollouts), config.learner.baseline, config.learner.divide_by_std)
+        groups, batch = self._batch(players)
         completer = EngineCompleter(self.engine, self.chat, config.evolution, self.policy.version)
         bred = self._breed(groups, completer) if config.mode != "rl" else None
         update = self._update(groups) if config.mode != "evolution" else None
@@ -93,11 +94,12 @@ class Trainer:
         born = self.population.add(bred.children, self.step) if bred else ()
         validation = self._validate(final=self.step == config.steps) if self._validates() else {}
         seconds = time.perf_counter() - started
-        self.totals = self.totals.plus(rollouts, completer.tokens, seconds)
-        return IterationReport(
+        done = IterationReport(
             self.step, tuple(groups), update, match, bred, born, completer.tokens, validation,
-            self._best(validation), seconds,
+            self._best(validation), seconds, batch,
         )
+        self.totals = self.totals.plus(done.rollouts, completer.tokens, seconds)
+        return done
 
     def evaluate(
         self, problems: Problems, prompts: Sequence[str], most: int, name: str, base: bool = False
@@ -113,6 +115,28 @@ class Trainer:
     def text(self, prompt: str) -> str:
         """A system prompt as the model sees it: in training, in evaluation and in every export."""
         return self.templates.system(self.population[prompt].principles)
+
+    def _batch(self, players: Mapping[str, int]) -> tuple[list[Group], dict[str, float]]:
+        """The groups of one iteration with their advantages, and how they came about.
+
+        With `rollout.dynamic_rounds`, problems without contrast are followed by others of the epoch until there are B
+        with contrast, or the rounds or the epoch are used up. All that was played counts for ratings, reflection and
+        reports: prompts compared only where some of them failed would be compared on problems picked by the outcome.
+        """
+        rollout, learner = self.config.rollout, self.config.learner
+        groups: list[Group] = []
+        mixed: set[int] = set()
+        rounds, indices = 0, self.deck.batch(rollout.problems)
+        while indices:
+            rollouts = self._play(self.sets.train, players, indices, rollout.temperature, "rollouts")
+            groups += assign(grouped(rollouts), learner.baseline, learner.divide_by_std, self.shaping)
+            mixed |= {group.task for group in groups if group.contrast}
+            rounds += 1
+            indices = self.deck.more(rollout.problems - len(mixed)) if rounds <= rollout.dynamic_rounds else []
+        played = len({group.task for group in groups})
+        counts = {"dynamic/rounds": rounds, "dynamic/problems": played, "dynamic/contrast": len(mixed)}
+        shaped = self.shaping.metrics([r for group in groups for r in group.rollouts])
+        return groups, {**(counts if rollout.dynamic_rounds else {}), **shaped}
 
     def _play(
         self, problems: Problems, players: Mapping[str, int], indices: Sequence[int], temperature: float, name: str,
@@ -186,6 +210,7 @@ class Trainer:
             "population": self.population.to_json(),
             "breeder": self.breeder.state(),
             "totals": self.totals.to_json(),
+            "deck": self.deck.position,
         }
         self.run.write_population(state["population"])
         self.run.save(self.step, {"state": state, "learner": self.learner.state_dict()})
@@ -202,6 +227,7 @@ class Trainer:
         self.population = Population.from_json(state["population"], config.evolution, config.rating, config.seed)
         self.breeder.restore(state["breeder"])
         self.totals = Totals(**state["totals"])
+        self.deck = Deck(self.sets.train, config.seed, state["deck"])
         return True
 
     def _finish(self) -> Summary:

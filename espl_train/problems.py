@@ -54,16 +54,9 @@ class Problems:
         """All tasks of the part, by the indices that `batch` and `sample` give out."""
         return {int(index): self.env.tasks[int(index)] for index in self.indices}
 
-    def batch(self, seed: int, step: int, size: int) -> list[int]:
-        """`size` different task indices for step 0, 1, 2 …, or all of them where there are fewer.
-
-        An epoch is a keyed permutation that is dealt out in whole batches. What is left over at its end (less than one
-        batch) sits that epoch out, so no problem ever comes twice in a batch.
-        """
-        size = min(size, len(self))
-        epoch, place = divmod(step, len(self) // size)
-        order = generator(seed, "order", self.part, epoch).permutation(len(self))
-        return [int(self.indices[int(i)]) for i in order[place * size : (place + 1) * size]]
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """All task indices, in the order of an epoch."""
+        return [int(self.indices[int(i)]) for i in generator(seed, "order", self.part, epoch).permutation(len(self))]
 
     def sample(self, seed: int, size: int) -> list[int]:
         """A fixed subset of at most `size` indices, the same in the whole run, in ascending order."""
@@ -71,6 +64,37 @@ class Problems:
             return [int(i) for i in self.indices]
         chosen = generator(seed, "subset", self.part).choice(len(self), size=size, replace=False)
         return sorted(int(self.indices[int(i)]) for i in chosen)
+
+
+class Deck:
+    """Problems in a keyed order: every epoch is a permutation of its own, and none comes twice in an epoch.
+
+    `position` (epoch, problems dealt in it) is all that a resumed run needs.
+    """
+
+    def __init__(self, problems: Problems, seed: int, position: Sequence[int] = (0, 0)) -> None:
+        self.problems, self.seed = problems, seed
+        self.epoch, self.dealt = position
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.epoch, self.dealt
+
+    def batch(self, size: int) -> list[int]:
+        """`size` different task indices, or all of them where there are fewer.
+
+        What is left over at the end of an epoch (less than a batch) sits it out, so no problem comes twice in a batch.
+        """
+        size = min(size, len(self.problems))
+        if self.dealt + size > len(self.problems):
+            self.epoch, self.dealt = self.epoch + 1, 0
+        return self.more(size)
+
+    def more(self, most: int) -> list[int]:
+        """Up to `most` further problems of this epoch: others than all those dealt in it."""
+        found = self.problems.order(self.seed, self.epoch)[self.dealt : self.dealt + most]
+        self.dealt += len(found)
+        return found
 
 
 @dataclass(frozen=True)

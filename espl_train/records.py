@@ -79,19 +79,25 @@ class Rollout:
 class Group:
     """The rollouts of one (prompt, problem) pair, with their advantages once the baseline was applied.
 
-    `advantages` has one entry per rollout; all zero where the group carries no contrast.
+    `advantages` has one entry per rollout; all zero where the group carries no contrast. None is a rollout that takes
+    no part in the update: it faulted, or was cut off and such ones are filtered.
     """
 
     prompt: str
     task: int
     task_id: str
     rollouts: tuple[Rollout, ...]
-    advantages: tuple[float, ...] = ()
+    advantages: tuple[float | None, ...] = ()
 
     @property
     def rewards(self) -> tuple[float, ...]:
         """Of the rollouts that have one: faulted ones are masked."""
         return tuple(r.reward for r in self.rollouts if not r.faulted)
+
+    @property
+    def contrast(self) -> bool:
+        """Whether there is something to learn: some rollout did better than another."""
+        return any(self.advantages)
 
 
 def grouped(rollouts: Iterable[Rollout]) -> list[Group]:

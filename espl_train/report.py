@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class IterationReport:
     validation: Mapping[str, float]
     best: str                                # the prompt of the moment; after the last step the chosen one
     seconds: float
+    batch: Mapping[str, float] = field(default_factory=dict)     # how it came about: dynamic sampling, shaping
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -87,7 +88,7 @@ class IterationReport:
             "tokens/sampled": sum(r.sampled_tokens for r in rollouts),
             "tokens/reflection": self.reflection_tokens,
         }
-        record |= _tools(rollouts)
+        record |= {**_tools(rollouts), **self.batch}
         record |= {f"stop/{reason}": count for reason, count in sorted(Counter(r.stop for r in rollouts).items())}
         if self.update is not None:
             numbers = {key: value for key, value in asdict(self.update).items() if isinstance(value, int | float)}

@@ -20,6 +20,7 @@ from espl_train.engines.base import Request, Sample
 from espl_train.engines.local import LocalEngine
 from espl_train.learner.policy import Policy
 from espl_train.loop import Trainer
+from espl_train.problems import Deck
 from espl_train.records import RolloutKey
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
@@ -97,7 +98,8 @@ def test_validation_and_test_play_the_same_problems_every_time(model: Path, out:
 def test_every_step_trains_on_the_next_problems(model: Path, out: Path, theatre: Theatre) -> None:
     trainer, _ = run(config(model, out, steps=5, **{"rollout.problems": 4}))
     tasks = [play.tasks for play in theatre.of("train")]
-    assert tasks == [trainer.sets.train.batch(0, step, 4) for step in range(5)]
+    deck = Deck(trainer.sets.train, 0)
+    assert tasks == [deck.batch(4) for _ in range(5)]
     assert sorted(task for batch in tasks for task in batch) == list(range(20))      # an epoch: every problem once
 
 

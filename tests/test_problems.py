@@ -15,7 +15,7 @@ from espl_little import LETTERS
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import EnvConfig
-from espl_train.problems import SHARES, Problems, ProblemSets, carve
+from espl_train.problems import SHARES, Deck, Problems, ProblemSets, carve
 
 
 def sets(sizes: dict[str, int], **settings: Any) -> ProblemSets:
@@ -58,12 +58,12 @@ def test_carving_only_touches_the_split_that_is_named() -> None:
 def test_parts_order_and_subsets_are_the_same_in_every_process() -> None:
     code = (
         "import json; from test_problems import some; from espl_train.problems import carve;"
-        "print(json.dumps([[carve(f't{i}') for i in range(40)], some(9).batch(3, 1, 4), some(9).sample(3, 4)]))"
+        "print(json.dumps([[carve(f't{i}') for i in range(40)], some(9).order(3, 1), some(9).sample(3, 4)]))"
     )
     env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     folder = Path(__file__).parent
     told = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, check=True).stdout
-    assert json.loads(told) == [[carve(f"t{i}") for i in range(40)], some(9).batch(3, 1, 4), some(9).sample(3, 4)]
+    assert json.loads(told) == [[carve(f"t{i}") for i in range(40)], some(9).order(3, 1), some(9).sample(3, 4)]
     assert [i for i in range(30) if carve(f"t{i}") != "train"] == HELD_OUT
 
 
@@ -110,9 +110,9 @@ def test_an_empty_part_is_refused() -> None:
 @pytest.mark.parametrize("first", [0, 30])
 @pytest.mark.parametrize(("size", "batch"), [(12, 4), (13, 4), (7, 3), (5, 5), (5, 4), (9, 1), (1, 1)])
 def test_a_batch_never_holds_a_problem_twice_and_an_epoch_never_repeats(size: int, batch: int, first: int) -> None:
-    problems, each = some(size, first), size // batch
-    for epoch in range(6):
-        dealt = [problems.batch(5, epoch * each + place, batch) for place in range(each)]
+    deck, each = Deck(some(size, first), 5), size // batch
+    for _ in range(6):
+        dealt = [deck.batch(batch) for _ in range(each)]
         assert all(len(b) == len(set(b)) == batch for b in dealt)
         played = [i for b in dealt for i in b]
         assert len(set(played)) == len(played) == each * batch
@@ -120,20 +120,41 @@ def test_a_batch_never_holds_a_problem_twice_and_an_epoch_never_repeats(size: in
 
 
 def test_successive_batches_differ_and_every_problem_gets_its_turn() -> None:
-    problems = some(13)
-    batches = [tuple(problems.batch(0, step, 4)) for step in range(30)]
+    deck = Deck(some(13), 0)
+    batches = [tuple(deck.batch(4)) for _ in range(30)]
     assert all(set(a).isdisjoint(b) for a, b in zip(batches[::3], batches[1::3], strict=True))
     assert {i for b in batches for i in b} == set(range(13))
     assert batches[:3] != batches[3:6]        # another epoch, another order
 
 
 def test_a_batch_larger_than_the_set_is_the_whole_set() -> None:
-    assert all(sorted(some(5, 10).batch(0, step, 8)) == [10, 11, 12, 13, 14] for step in range(7))
+    deck = Deck(some(5, 10), 0)
+    assert all(sorted(deck.batch(8)) == [10, 11, 12, 13, 14] for _ in range(7))
+
+
+@pytest.mark.parametrize("wanted", [(4, 3, 2), (4, 1), (4, 20), (4,), (1, 1, 1)])
+def test_further_problems_are_others_of_the_same_epoch_until_none_is_left(wanted: tuple[int, ...]) -> None:
+    deck = Deck(some(10), 0)
+    for _ in range(8):
+        start, first = deck.epoch, deck.batch(wanted[0])
+        step = [*first, *(i for most in wanted[1:] for i in deck.more(most))]
+        assert len(step) == len(set(step)) == min(sum(wanted), len(first) + 10 - (deck.dealt - len(step) + len(first)))
+        assert deck.epoch in (start, start + 1) and deck.dealt <= 10
+    assert deck.more(0) == []
+
+
+def test_a_deck_goes_on_where_it_was_put_down() -> None:
+    straight = Deck(some(11), 3)
+    for size in (3, 2, 4):
+        straight.batch(size), straight.more(1)
+    resumed = Deck(some(11), 3, json.loads(json.dumps(straight.position)))
+    for size in (4, 3, 5):
+        assert (resumed.batch(size), resumed.more(2)) == (straight.batch(size), straight.more(2))
 
 
 def test_another_seed_is_another_order_and_the_same_seed_the_same() -> None:
     problems = some(40)
-    assert problems.batch(0, 0, 20) == problems.batch(0, 0, 20) != problems.batch(1, 0, 20)
+    assert Deck(problems, 0).batch(20) == Deck(problems, 0).batch(20) != Deck(problems, 1).batch(20)
     assert problems.sample(0, 20) == problems.sample(0, 20) != problems.sample(1, 20)
 
 

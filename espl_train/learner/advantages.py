@@ -1,7 +1,8 @@
 """How much better than expected each rollout was: baselines as plain functions over the rewards of one problem.
 
-A baseline sees all rewards of a problem, one list per prompt, and answers in the same shape. Faulted rollouts never
-get here: they have no reward, enter no mean, and their advantage is 0.
+A baseline sees all rewards of a problem, one list per prompt, and answers in the same shape. Rollouts that are not
+learnt from (faults; cut off ones, where `shaping` filters them) never get here: they enter no mean and no standard
+deviation, and have no advantage.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from math import fsum, isfinite, sqrt
 
 from espl_envs.core.errors import EsplError
 from espl_train.learner.naming import choose
-from espl_train.records import Group
+from espl_train.records import Group, Rollout
 
 Rewards = Sequence[Sequence[float]]      # [prompt][sample] of one problem; no list is empty
 Expected = list[list[float]]             # the baseline of each reward, same shape
@@ -54,42 +55,52 @@ BASELINES: dict[str, Callable[[Rewards], Expected]] = {
 ACROSS_PROMPTS = {"marginal", "marginal_leave_one_out"}    # these compare all prompts of a problem with each other
 
 
-def assign(groups: Sequence[Group], baseline: str = "prompt", divide_by_std: bool = False) -> list[Group]:
+Judge = Callable[[Rollout], float | None]      # the reward to learn from; None: the rollout is not learnt from
+
+
+def plain(rollout: Rollout) -> float | None:
+    """The reward as the environment gave it."""
+    return None if rollout.faulted else rollout.reward
+
+
+def assign(
+    groups: Sequence[Group], baseline: str = "prompt", divide_by_std: bool = False, judge: Judge = plain
+) -> list[Group]:
     """The same groups with their advantages: reward minus baseline, over the standard deviation where asked.
 
     Rewards that are compared and all equal give advantages of exactly 0. The standard deviation is the population's,
     over the rewards that the baseline compares (those of the group, or of the problem for the marginal baselines).
+    The rollouts, and with them the rewards that ratings and reports read, stay as they are.
     """
     choose(BASELINES, baseline, "learner.baseline")
     pools: dict[tuple[str, int] | int, list[int]] = {}
     for index, group in enumerate(groups):
         pools.setdefault(group.task if baseline in ACROSS_PROMPTS else (group.prompt, group.task), []).append(index)
-    advantages: list[tuple[float, ...]] = [()] * len(groups)
+    advantages: list[tuple[float | None, ...]] = [()] * len(groups)
     for members in pools.values():
-        for index, row in zip(members, _pool([groups[i] for i in members], baseline, divide_by_std), strict=True):
+        rewards = [[_reward(rollout, judge) for rollout in groups[i].rollouts] for i in members]
+        for index, row in zip(members, _pool(rewards, baseline, divide_by_std), strict=True):
             advantages[index] = row
     return [replace(group, advantages=row) for group, row in zip(groups, advantages, strict=True)]
 
 
-def _pool(groups: Sequence[Group], baseline: str, divide_by_std: bool) -> list[tuple[float, ...]]:
-    """Advantages of groups whose rewards are compared with each other."""
-    valid = [[j for j, rollout in enumerate(group.rollouts) if not rollout.faulted] for group in groups]
-    rewards = [[_finite(group, j) for j in places] for group, places in zip(groups, valid, strict=True)]
-    flat = [reward for row in rewards for reward in row]
-    out = [[0.0] * len(group.rollouts) for group in groups]
-    if flat and min(flat) < max(flat):
-        scale = 1 / _std(flat) if divide_by_std else 1.0
-        expected = iter(BASELINES[baseline]([row for row in rewards if row]))
-        for row, places, values in zip(out, valid, rewards, strict=True):
-            for j, reward, base in zip(places, values, next(expected) if places else (), strict=True):
-                row[j] = (reward - base) * scale
-    return [tuple(row) for row in out]
+def _pool(
+    rewards: Sequence[Sequence[float | None]], baseline: str, divide_by_std: bool
+) -> list[tuple[float | None, ...]]:
+    """Advantages of rewards that are compared with each other, group by group."""
+    valid = [[reward for reward in row if reward is not None] for row in rewards]
+    flat = [reward for row in valid for reward in row]
+    if not flat or min(flat) == max(flat):
+        return [tuple(None if reward is None else 0.0 for reward in row) for row in rewards]
+    scale = 1 / _std(flat) if divide_by_std else 1.0
+    expected = iter([base for row in BASELINES[baseline]([row for row in valid if row]) for base in row])
+    return [tuple(None if reward is None else (reward - next(expected)) * scale for reward in row) for row in rewards]
 
 
-def _finite(group: Group, place: int) -> float:
-    reward = group.rollouts[place].reward
-    if not isfinite(reward):
-        raise EsplError(f"task '{group.task_id}' gave the reward {reward}: rewards must be finite")
+def _reward(rollout: Rollout, judge: Judge) -> float | None:
+    reward = judge(rollout)
+    if reward is not None and not isfinite(reward):
+        raise EsplError(f"task '{rollout.task_id}' gave the reward {reward}: rewards must be finite")
     return reward
 
 

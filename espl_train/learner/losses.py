@@ -47,7 +47,7 @@ def importance_sampling(x: LossInputs) -> LossOutputs:
 
 
 def ppo(x: LossInputs) -> LossOutputs:
-    """-min(rho·A, clip(rho)·A); by default the upper bound is the wider one (DAPO's clip-higher)."""
+    """-min(rho·A, clip(rho)·A) (arXiv 1707.06347); by default the upper bound is the wider one, DAPO's clip-higher."""
     low, high = x.bounds or (0.8, 1.28)
     ratio = torch.exp(x.logp - x.behaviour)
     gain, bounded = ratio * x.advantages, ratio.clamp(low, high) * x.advantages
@@ -55,7 +55,7 @@ def ppo(x: LossInputs) -> LossOutputs:
 
 
 def cispo(x: LossInputs) -> LossOutputs:
-    """-stopgrad(clip(rho))·A·logp: the bound limits a token's weight but never takes its gradient away."""
+    """-stopgrad(clip(rho))·A·logp: the bound limits a token's weight, never takes its gradient (arXiv 2506.13585)."""
     low, high = x.bounds or (0.0, 4.0)
     ratio = torch.exp(x.logp - x.behaviour).detach()
     bounded = ratio.clamp(low, high)
@@ -63,15 +63,25 @@ def cispo(x: LossInputs) -> LossOutputs:
 
 
 def gspo(x: LossInputs) -> LossOutputs:
-    """`ppo` with one ratio per sequence, the geometric mean of its tokens' (so its bounds are narrow)."""
+    """`ppo` with one ratio per sequence, the geometric mean of its tokens: narrow bounds (arXiv 2507.18071).
+
+    In the paper's token form: value and gradient are those of the sequence form while all tokens of a sequence weigh
+    the same, and where a correction weighs them differently, each token's weight stays with its own gradient.
+    """
     low, high = x.bounds or (1 - 3e-4, 1 + 4e-4)
-    log_ratio = x.logp - x.behaviour
-    rows = int(x.rows.max()) + 1
-    sums = log_ratio.new_zeros(rows).index_add(0, x.rows, log_ratio)             # [B]
-    counts = torch.bincount(x.rows, minlength=rows).clamp(min=1)                 # [B]
-    ratio = torch.exp(sums / counts)[x.rows]                                     # [K]
+    sequence = torch.exp(over_sequence(x.logp - x.behaviour, x.rows, mean=True)).detach()     # [K]
+    ratio = sequence * torch.exp(x.logp - x.logp.detach())                                    # [K] = `sequence`
     gain, bounded = ratio * x.advantages, ratio.clamp(low, high) * x.advantages
     return _output(x, -torch.minimum(gain, bounded), ratio, bounded < gain)
+
+
+def over_sequence(values: Tensor, rows: Tensor, mean: bool = False) -> Tensor:
+    """Sum (or mean) of `values` [K] over the tokens of each sequence, on each of its tokens. [K]"""
+    count = int(rows.max()) + 1
+    sums = values.new_zeros(count).index_add(0, rows, values)                                 # [B]
+    if mean:
+        sums = sums / torch.bincount(rows, minlength=count).clamp(min=1)
+    return sums[rows]
 
 
 def _output(x: LossInputs, per_token: Tensor, ratio: Tensor, clipped: Tensor) -> LossOutputs:
@@ -88,6 +98,37 @@ def divergence(logp: Tensor, other: Tensor) -> Tensor:
     """
     gap = other - logp
     return torch.expm1(gap) - gap
+
+
+def k1(x: LossInputs, reference: Tensor) -> Tensor:
+    """rho·log(policy / reference): value and gradient are unbiased and noisy; it can be negative. [K]"""
+    return torch.exp(x.logp - x.behaviour) * (x.logp - reference)
+
+
+def k2(x: LossInputs, reference: Tensor) -> Tensor:
+    """stopgrad(rho)·log(policy / reference)²/2: the gradient of k1 without the part that is only noise. [K]
+
+    The gradient, rho·log(policy / reference)·∇logp, is an unbiased one of KL(policy ‖ reference); the value is not.
+    """
+    return torch.exp(x.logp - x.behaviour).detach() * (x.logp - reference).square() / 2
+
+
+def k3(x: LossInputs, reference: Tensor) -> Tensor:
+    """stopgrad(rho)·`divergence`, as GRPO has it: an unbiased value, but the gradient of KL(reference ‖ policy). [K]
+
+    The two divergences agree to second order while policy and reference are close, and part ways later: this one keeps
+    the policy from forgetting what the reference does, and hardly minds what it does that the reference never did.
+    """
+    return torch.exp(x.logp - x.behaviour).detach() * divergence(x.logp, reference)
+
+
+Penalty = Callable[[LossInputs, Tensor], Tensor]
+
+PENALTIES: dict[str, Penalty] = {"k1": k1, "k2": k2, "k3": k3}
+"""What is added per token, times `learner.kl`, to stay near the reference [K]; see Tang & Munos, arXiv 2506.09477.
+
+A token is judged by its own distribution: what it does to the divergence of later tokens is left out, as everywhere.
+"""
 
 
 class Measure(NamedTuple):

@@ -1,7 +1,8 @@
 """From rollouts to micro-batches: which tokens are learnt, with which weight, in which order they are computed.
 
 `pack` is the only way in: sequences are padded on the right here, and a padding-free layout would change this file and
-nothing else. What carries no gradient is left out: groups without contrast, faulted rollouts, empty replies.
+nothing else. What carries no gradient is left out: groups without contrast, faulted and filtered rollouts, empty
+replies.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def training_sequences(group: Group) -> list[TrainingSequence]:
     """The sequences of one group; none where no rollout did better than another."""
     if len(group.advantages) != len(group.rollouts):
         raise ValueError(f"group of task '{group.task_id}' has no advantages: assign them before the update")
-    if not any(group.advantages):
+    if not group.contrast:
         return []
     return [
         training_sequence(rollout, advantage)
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        if rollout.sampled_tokens and not rollout.faulted
+        if advantage is not None and rollout.sampled_tokens and not rollout.faulted
     ]
 
 

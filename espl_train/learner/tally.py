@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from espl_train.learner.corrections import Corrected
 from espl_train.learner.losses import LossInputs, LossOutputs, divergence
 
 
@@ -27,6 +28,10 @@ class UpdateReport:
     entropy: float = 0.0          # of the distribution that was sampled from
     behaviour_kl: float = 0.0     # KL(behaviour ‖ policy): how far off-policy the batch is
     reference_kl: float = 0.0     # KL(policy ‖ base model); measured where `kl` > 0
+    mismatch_mean: float = 0.0    # |log-probability of the learner - of the sampler|
+    mismatch_max: float = 0.0
+    corrected: float = 0.0        # share of tokens that passed a bound of the correction
+    effective: float = 1.0        # share of tokens left effective by their importance weights w: (Σw)² / (K·Σw²)
     seconds: float = 0.0
 
 
@@ -48,6 +53,15 @@ class Tally:
         self.sums["sequences"] += sequences
         self.peaks["ratio"] = max(self.peaks.get("ratio", 0.0), float(outputs.ratio.max()))
 
+    def disagreement(self, inputs: LossInputs, corrected: Corrected) -> None:
+        """Count in how far sampler and learner were apart, and what was done about it."""
+        gap = (inputs.logp.detach() - inputs.behaviour).abs()
+        self.sums["mismatch"] += float(gap.sum())
+        self.sums["corrected"] += float(corrected.bounded.sum())
+        self.sums["weight"] += float(corrected.weights.double().sum())
+        self.sums["weight_squared"] += float(corrected.weights.double().square().sum())
+        self.peaks["mismatch"] = max(self.peaks.get("mismatch", 0.0), float(gap.max()))
+
     def report(self, version: int, *, grad_norm: float, rate: float, seconds: float) -> UpdateReport:
         """The report of an update that was stepped."""
         sums, tokens = self.sums, self.sums["tokens"]
@@ -65,5 +79,9 @@ class Tally:
             entropy=sums["entropy"] / tokens,
             behaviour_kl=sums["behaviour_kl"] / tokens,
             reference_kl=sums["reference_kl"] / tokens,
+            mismatch_mean=sums["mismatch"] / tokens,
+            mismatch_max=self.peaks["mismatch"],
+            corrected=sums["corrected"] / tokens,
+            effective=sums["weight"] ** 2 / (tokens * sums["weight_squared"]) if sums["weight_squared"] else 0.0,
             seconds=seconds,
         )

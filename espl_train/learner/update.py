@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from espl_train.config import LearnerConfig
+from espl_train.learner import corrections, schedules
 from espl_train.learner.advantages import BASELINES
 from espl_train.learner.logprobs import check_head, token_logprobs
-from espl_train.learner.losses import LOSSES, NORMALISATIONS, LossInputs, divergence
+from espl_train.learner.losses import LOSSES, NORMALISATIONS, PENALTIES, LossInputs, divergence
 from espl_train.learner.naming import choose
 from espl_train.learner.packing import MicroBatch, pack
 from espl_train.learner.policy import Policy
@@ -33,12 +34,20 @@ __all__ = ["Learner", "UpdateReport"]
 
 
 class Learner:
-    """AdamW on the trainable weights of a policy."""
+    """AdamW on the trainable weights of a policy.
 
-    def __init__(self, policy: Policy, config: LearnerConfig, temperature: float = 1.0) -> None:
+    `temperature` is that of the samples; `updates` how many there will be in the whole run, for falling schedules.
+    """
+
+    def __init__(
+        self, policy: Policy, config: LearnerConfig, temperature: float = 1.0, updates: int | None = None
+    ) -> None:
+        if updates is None and config.schedule != "constant":
+            raise ValueError(f"schedule '{config.schedule}' falls over a whole run: say of how many updates")
         self.policy = policy
         self.config = config
         self.temperature = temperature
+        self.updates = updates or 1
         self.loss = choose(LOSSES, config.loss, "learner.loss")
         choose(NORMALISATIONS, config.normalise, "learner.normalise")
         choose(BASELINES, config.baseline, "learner.baseline")
@@ -102,10 +111,12 @@ class Learner:
         """Add one micro-batch's share to the gradient and to the tally."""
         reference = self._reference(batch) if self.config.kl else None
         inputs, entropy = self._loss_inputs(batch)
-        outputs = self.loss(inputs)
-        loss = outputs.loss if reference is None else outputs.loss + self._penalty(inputs, reference, tally)
+        corrected = corrections.apply(inputs, self.config.correction, self.config.correction_bounds)
+        outputs = self.loss(corrected.inputs)
+        loss = outputs.loss if reference is None else outputs.loss + self._penalty(corrected.inputs, reference, tally)
         loss.backward()
         tally.add(inputs, outputs, loss, entropy, batch.sequences)
+        tally.disagreement(inputs, corrected)
 
     def _loss_inputs(self, batch: MicroBatch) -> tuple[LossInputs, Tensor]:
         """What the losses work on, log-probabilities with their gradient; and the entropies. [K] each"""
@@ -122,12 +133,12 @@ class Learner:
 
     def _penalty(self, inputs: LossInputs, reference: Tensor, tally: Tally) -> Tensor:
         """What the distance to the base model costs."""
-        distance = divergence(inputs.logp, reference)                            # [K]
-        tally.sums["reference_kl"] += float(distance.detach().sum())
+        tally.sums["reference_kl"] += float(divergence(inputs.logp.detach(), reference).sum())
+        distance = PENALTIES[self.config.kl_estimator](inputs, reference)        # [K]
         return self.config.kl * (inputs.weights * distance).sum()
 
     def _rate(self) -> float:
-        return self.config.learning_rate * min(1.0, (self.steps + 1) / max(1, self.config.warmup))
+        return schedules.rate(self.config, self.updates, self.steps, self.skipped.total())
 
     def _gradient_norm(self) -> float:
         """Hand the gradients to the optimiser's tensors, clip them, and say how long they were before."""

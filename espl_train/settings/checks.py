@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from espl_train.config import Config
+from espl_train.config import Config, LearnerConfig
 from espl_train.settings.options import ConfigError
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -55,6 +55,24 @@ def _learning(config: Config) -> Iterator[str]:
         )
     if not all(0 <= beta < 1 for beta in learner.betas):
         yield f"learner.betas is {list(learner.betas)}; both must be at least 0 and below 1."
+    yield from _bounds(learner)
+
+
+def _bounds(learner: LearnerConfig) -> Iterator[str]:
+    for key, bounds, off in (
+        ("ratio_bounds", learner.ratio_bounds, learner.loss == "importance_sampling"),
+        ("correction_bounds", learner.correction_bounds, learner.correction == "none"),
+    ):
+        owner = "loss" if key == "ratio_bounds" else "correction"
+        if bounds is None:
+            continue
+        if off:
+            yield f"learner.{key} is given, but {owner} {getattr(learner, owner)!r} has no bounds; leave it out."
+        elif not 0 <= bounds[0] <= 1 <= bounds[1]:
+            yield (
+                f"learner.{key} is {list(bounds)}; these are bounds of the ratio itself and stand around 1, "
+                "as in [0.8, 1.28]."
+            )
 
 
 def _evolution(config: Config) -> Iterator[str]:
