@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,13 @@ def load_model(path: str | None = None) -> tuple[nn.Module, str]:
     return LlamaForCausalLM(config).eval(), "random Llama, 3 layers, width 128, scripted"
 
 
-def machine() -> dict[str, Any]:
-    """What a reader needs to judge a figure."""
-    return {"processor": platform.processor() or platform.machine(), "torch": torch.__version__,
-            "transformers": transformers.__version__}
+def machine(*packages: str) -> dict[str, Any]:
+    """What a reader needs to judge a figure: the machine, the command, versions (also of other `packages`)."""
+    return {
+        "processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]), "torch": torch.__version__,
+        "transformers": transformers.__version__, **{name: version(name) for name in packages},
+    }
 
 
 def write(name: str, figures: dict[str, Any]) -> None:

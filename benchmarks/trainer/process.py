@@ -1,0 +1,90 @@
+"""Processes that do one thing at a time and are measured while they do it: seconds, processor time, memory, tokens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.trainer.work import Work
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one step: seconds of the clock and of all cores, sampled tokens, and the memory that it took on top."""
+
+    seconds: float
+    cpu: float
+    tokens: int
+    memory: float     # MiB: the highest resident size of the step, less the size after loading
+
+
+class Meter:
+    """Measures steps of this process. `tokens` may also be counted from inside a step, with `add`."""
+
+    def __init__(self) -> None:
+        self.loaded = _resident()
+        self.tokens = 0
+
+    def start(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")      # forget the high-water mark
+        self.tokens, self._wall, self._cpu = 0, time.perf_counter(), time.process_time()
+
+    def add(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def stop(self) -> Figures:
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return Figures(wall, cpu, self.tokens, _resident("VmHWM") - self.loaded)
+
+
+def _resident(field: str = "VmRSS") -> float:
+    """MiB of this process that are, or (`VmHWM`) at most were, in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+class Side:
+    """A trainer in another process. `step()` makes it do one step and returns its figures."""
+
+    def __init__(self, run: Callable[[Work, Connection], None], work: Work) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        os.environ["OMP_NUM_THREADS"] = str(work.threads)
+        self._process = context.Process(target=run, args=(work, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ready(self) -> None:
+        """Wait until everything is loaded."""
+        self._receive()
+
+    def step(self) -> Figures:
+        self._pipe.send("step")
+        figures = self._receive()
+        assert isinstance(figures, Figures)
+        return figures
+
+    def close(self) -> None:
+        self._pipe.send("end")
+        self._process.join()
+
+    def _receive(self) -> object:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise SystemExit(f"a side ended with exit code {self._process.exitcode}; its words are above") from None
+
+
+def in_process(function: Callable[[Work], Any], work: Work) -> Any:
+    """Call it in a fresh process, so that nothing of it stays."""
+    os.environ["OMP_NUM_THREADS"] = str(work.threads)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, work).result()
