@@ -49,14 +49,18 @@ class EpisodeKey:
 
 @dataclass(frozen=True, slots=True)
 class TurnUsage:
-    """What one call of the model took; None where nobody said. `tool_calls` are those that its reply made, `cost` is in
-    the currency of the price table."""
+    """What one call of the model took; None (of texts "") where nobody said. `tool_calls` are those that its reply made,
+    `cost` is in the currency of the price table, `finish_reason` the server's word (stop, length …), `reasoning` what
+    it returned beside the message: kept, never sent back.
+    """
 
     prompt_tokens: int | None
     completion_tokens: int | None
     tool_calls: int
     seconds: float
     cost: float | None = None
+    finish_reason: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
