@@ -49,7 +49,7 @@ class EpisodeKey:
 
 @dataclass(frozen=True, slots=True)
 class TurnUsage:
-    """What one call of the model took; None (of texts "") where nobody said. `tool_calls` are those that its reply made,
+    """What one call of the model took; None (of texts "") where nobody said. `tool_calls` are those its reply made,
     `cost` is in the currency of the price table, `finish_reason` the server's word (stop, length …), `reasoning` what
     it returned beside the message: kept, never sent back.
     """
