@@ -71,6 +71,14 @@ def test_the_last_expression_is_the_value_and_state_survives(box: Box) -> None:
     assert first.peak_mb > 1
 
 
+@pytest.mark.parametrize("source", ["kept + 1", "#" * 1_000_000 + "\nkept + 1"], ids=["short", "long"])
+def test_a_session_that_was_stopped_between_calls_goes_on_at_the_next(box: Box, source: str) -> None:
+    box.python("import os\nkept = 41\nopen('pid', 'w').write(str(os.getpid()))")
+    os.kill(int((box.work / "pid").read_text()), signal.SIGSTOP)
+    result = box.python(source, timeout=5.0)
+    assert (result.status, result.value, result.session_fresh) == ("ok", "42", False)
+
+
 def test_output_is_what_reaches_the_descriptors(box: Box) -> None:
     result = box.python(
         "import os, sys, subprocess\nos.write(1, b'raw ')\nprint('text', end=' ', flush=True)\n"
