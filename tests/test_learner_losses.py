@@ -1,14 +1,29 @@
-"""Losses: values computed by hand, gradients by autograd, and what each bound does."""
+"""Losses: values by hand, by documented formulas and by other programs; gradients by differences and by enumeration."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from espl_envs.core.errors import EsplError
-from espl_train.learner.losses import LOSSES, NORMALISATIONS, LossInputs, Measure, divergence
+from espl_train.config import LearnerConfig
+from espl_train.learner.losses import (
+    LOSSES,
+    NORMALISATIONS,
+    PENALTIES,
+    LossInputs,
+    Measure,
+    divergence,
+    over_sequence,
+)
 from espl_train.learner.naming import choose
 
 
@@ -80,12 +95,176 @@ def test_a_token_without_weight_or_advantage_has_no_gradient(name):
     assert gradient(name, x) == [0.0, 0.0]
 
 
+ROWS = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
+BOUNDS = {"importance_sampling": None, "ppo": (0.8, 1.2), "cispo": (0.8, 1.2), "gspo": (0.97, 1.04)}
+
+
+def sampled(seed: int, spread: float = 0.3) -> LossInputs:
+    """Three sequences; every token of a sequence has its advantage and weight, no ratio is within 1e-3 of a bound."""
+    random = np.random.default_rng(seed)
+    logp = -random.exponential(1.5, len(ROWS))
+    arrays = logp, logp - random.normal(0, spread, len(ROWS)), random.normal(size=3)[ROWS], random.random(3)[ROWS]
+    return LossInputs(*(torch.tensor(a) for a in arrays), torch.tensor(ROWS))
+
+
+def surrogate(name: str, x: LossInputs) -> Callable[[np.ndarray], float]:
+    """The loss as its source documents it, as a function of the log-probabilities, in numpy; x gives all the rest.
+
+    What a formula puts under a stop-gradient is held at its value in x.
+    """
+    here, old, advantages, weights = (t.numpy() for t in (x.logp, x.behaviour, x.advantages, x.weights))
+
+    def loss(logp: np.ndarray) -> float:
+        ratio = np.exp(logp - old)
+        if name == "gspo":      # (π(y)/π_old(y))^(1/|y|), one per sequence: equation 7 of the paper
+            ratio = np.array([np.prod(ratio[same]) ** (1 / same.sum()) for same in (row == ROWS for row in ROWS)])
+        if name == "importance_sampling":
+            return -(weights * ratio * advantages).sum()
+        if name == "cispo":
+            return -(weights * np.clip(np.exp(here - old), *BOUNDS[name]) * logp * advantages).sum()
+        return -(weights * np.minimum(ratio * advantages, np.clip(ratio, *BOUNDS[name]) * advantages)).sum()
+
+    return loss
+
+
+def differences(f: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    moves = step * np.eye(len(at))
+    return np.array([(f(at + move) - f(at - move)) / (2 * step) for move in moves])
+
+
+def disagreement(loss: Callable[[LossInputs], torch.Tensor], reference: Callable, x: LossInputs) -> float:
+    """How far a loss is from a formula, in value and in gradient."""
+    x = replace(x, logp=x.logp.clone().requires_grad_())
+    value = loss(x)
+    value.backward()
+    at = x.logp.detach().numpy()
+    slope = np.abs(x.logp.grad.numpy() - differences(reference, at)).max()
+    return max(abs(value.item() - reference(at)), slope)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("seed", range(4))
+def test_value_and_gradient_are_those_of_the_documented_formula(name, seed):
+    """Tinker's importance_sampling, ppo and cispo (sums over tokens), GSPO's paper: independent, by differences."""
+    x = replace(sampled(seed), bounds=BOUNDS[name])
+    assert disagreement(lambda x: LOSSES[name](x).loss, surrogate(name, x), x) < 1e-7
+
+
+def rho(x: LossInputs) -> torch.Tensor:
+    return torch.exp(x.logp - x.behaviour)
+
+
+MUTANTS = {
+    "importance_sampling": lambda x: x.advantages / rho(x),                              # upside down
+    "ppo": lambda x: x.advantages * rho(x).clamp(0.8, 1.2),                              # no minimum
+    "cispo": lambda x: x.advantages * rho(x).clamp(0.8, 1.2) * x.logp,                   # no stop-gradient
+    "gspo": lambda x: x.advantages * over_sequence(rho(x), x.rows, mean=True).clamp(0.97, 1.04),     # arithmetic mean
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_formulas_find_a_wrong_loss(name):
+    def mutant(x: LossInputs) -> torch.Tensor:
+        return -(x.weights * MUTANTS[name](x)).sum()
+
+    batches = [sampled(seed) for seed in range(4)]
+    assert max(disagreement(mutant, surrogate(name, x), x) for x in batches) > 1e-2
+
+
+def test_where_tokens_weigh_differently_gspo_leaves_each_weight_with_its_own_token():
+    x = inputs([1.0] * 4, [1.0] * 4, rows=[0, 0, 1, 1], weights=[0.0, 2.0, 1.0, 1.0])
+    assert gradient("gspo", x) == pytest.approx([0.0, -2.0, -1.0, -1.0])
+    spread = inputs([1.0] * 4, [1.0] * 4, rows=[0, 0, 1, 1], weights=[0.0, 2.0, 1.0, 1.0])
+    sequence = over_sequence(spread.logp - spread.behaviour, spread.rows, mean=True).exp()
+    (-spread.weights * sequence * spread.advantages).sum().backward()
+    assert spread.logp.grad.tolist() == pytest.approx([-1.0, -1.0, -1.0, -1.0])      # a masked token learns
+
+
+@given(st.integers(0, 10**6), st.sampled_from(list(LOSSES)))
+def test_no_loss_depends_on_the_order_of_tokens_or_on_what_else_is_in_the_batch(seed, name):
+    x, order = sampled(seed), np.random.default_rng(seed).permutation(len(ROWS))
+    whole = LOSSES[name](x).loss.item()
+    moved = LossInputs(*(getattr(x, f)[order] for f in ("logp", "behaviour", "advantages", "weights", "rows")))
+    parts = []
+    for row in range(3):
+        mine = torch.tensor(row == ROWS)
+        alone = [getattr(x, f)[mine] for f in ("logp", "behaviour", "advantages", "weights")]
+        parts.append(LOSSES[name](LossInputs(*alone, torch.zeros(int(mine.sum()), dtype=torch.long))).loss.item())
+    assert LOSSES[name](moved).loss.item() == pytest.approx(whole, abs=1e-12)
+    assert sum(parts) == pytest.approx(whole, abs=1e-12)
+
+
 def test_divergence_is_zero_at_home_never_negative_and_unbiased():
     p, q = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
     estimate = divergence(p.log(), q.log())
     assert bool((estimate >= 0).all())
     assert float((p * estimate).sum()) == pytest.approx(float((p * (p / q).log()).sum()))
     assert divergence(p.log(), p.log()).tolist() == [0.0, 0.0, 0.0]
+
+
+THETA = torch.tensor([0.4, -1.0, 0.3, 1.1, -0.2], dtype=torch.float64)
+REFERENCE = torch.log_softmax(torch.tensor([1.0, 0.5, -0.7, 0.2, 0.9], dtype=torch.float64), -1)
+SAMPLER = torch.log_softmax(torch.tensor([-0.3, 0.8, 0.1, 0.5, 0.0], dtype=torch.float64), -1)
+
+
+def slope(value: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, list[float]]:
+    """Of a function of the policy's log-probabilities over the whole vocabulary: its value, its slope in the logits."""
+    theta = THETA.clone().requires_grad_()
+    found = value(torch.log_softmax(theta, -1))
+    return found.item(), torch.autograd.grad(found, theta)[0].tolist()
+
+
+def expected(penalty, sampler: torch.Tensor | None) -> tuple[float, list[float]]:
+    """Mean value and mean gradient of a penalty over all samples of `sampler` (None = the policy itself)."""
+
+    def mean(logp: torch.Tensor) -> torch.Tensor:
+        behaviour = logp.detach() if sampler is None else sampler
+        ones = torch.ones_like(logp)
+        return (behaviour.exp() * penalty(LossInputs(logp, behaviour, ones, ones, ones.long()), REFERENCE)).sum()
+
+    return slope(mean)
+
+
+TO_REFERENCE, REVERSED = (
+    slope(lambda logp: (logp.exp() * (logp - REFERENCE)).sum()),
+    slope(lambda logp: (REFERENCE.exp() * (REFERENCE - logp)).sum()),
+)
+
+
+@pytest.mark.parametrize("sampler", [None, SAMPLER], ids=["on policy", "off policy"])
+def test_what_the_penalties_are_on_average(sampler):
+    """Whoever sampled: k1 has value and gradient of KL(policy ‖ reference), k2 its gradient, k3 its value."""
+    value, towards = TO_REFERENCE
+    assert expected(PENALTIES["k1"], sampler) == (pytest.approx(value), pytest.approx(towards))
+    assert expected(PENALTIES["k2"], sampler)[1] == pytest.approx(towards)
+    assert expected(PENALTIES["k2"], sampler)[0] != pytest.approx(value, rel=1e-2)
+    assert expected(PENALTIES["k3"], sampler) == (pytest.approx(value), pytest.approx(REVERSED[1]))
+    assert REVERSED[1] != pytest.approx(towards, rel=0.1)
+
+
+def test_a_penalty_without_its_ratio_is_found_out():
+    bare = {"k1": lambda x, ref: x.logp - ref, "k2": lambda x, ref: (x.logp - ref).square() / 2}
+    assert expected(bare["k1"], None)[1] == pytest.approx([0.0] * 5, abs=1e-12)     # differentiated, it does nothing
+    assert expected(bare["k2"], SAMPLER)[1] != pytest.approx(TO_REFERENCE[1], rel=1e-2)
+
+    def through(x, ref):
+        return torch.exp(x.logp - x.behaviour) * (x.logp - ref).square() / 2
+
+    assert expected(through, None)[1] != pytest.approx(TO_REFERENCE[1], rel=1e-2)
+
+
+def test_k2_is_less_noisy_than_k1():
+    def spread(name: str) -> float:
+        logp = torch.log_softmax(THETA, -1).requires_grad_()
+        x = LossInputs(logp, logp.detach(), *(torch.ones(5),) * 2, torch.zeros(5, dtype=torch.long))
+        slopes = torch.autograd.grad(PENALTIES[name](x, REFERENCE).sum(), logp)[0]     # of each sample's own logp
+        return float((logp.detach().exp() * slopes.square()).sum())
+
+    assert spread("k2") < spread("k1")
+
+
+def test_the_configuration_offers_what_there_is():
+    assert get_args(LearnerConfig.model_fields["kl_estimator"].annotation) == tuple(PENALTIES)
 
 
 SEQUENCES = [Measure(2, "a"), Measure(6, "a"), Measure(4, "b")]
