@@ -18,6 +18,7 @@ from supervisor_kit import COMMAND, PATIENCE, Box, Wire, boxes
 from espl_envs.core.errors import EsplError
 from espl_envs.sandbox.attestation import CLAIMS, missing
 from espl_envs.sandbox.base import SandboxFault, SandboxSpec
+from espl_envs.sandbox.client import _Late
 from espl_envs.sandbox.worker import frames
 from espl_envs.sandbox.worker.frames import Encoder
 
@@ -126,6 +127,22 @@ def test_a_box_that_does_not_answer_in_time_is_given_up(start: Callable[..., Box
     said = fault(box.python, "1", 0.1)
     assert (said.kind, box.removed, box.closed) == ("gone", 1, True)
     assert "limit of 0.1 s" in str(said)
+
+
+def test_a_call_that_is_cancelled_as_its_time_ends_is_cancelled_and_its_box_gone(start: Callable[..., Box]) -> None:
+    box = start(how={"grace": 0.1})
+
+    async def scene() -> None:
+        call = asyncio.ensure_future(box.remote.python("while True: pass", timeout=PATIENCE))
+        await asyncio.sleep(0.1)
+        box.remote._reader.set_exception(_Late())          # what the clock would do, in the same turn of the loop
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    box.run(scene())
+    assert (box.closed, box.removed) == (True, 1)
+    assert fault(box.python, "1").kind == "gone"
 
 
 @pytest.mark.parametrize(("program", "kind"), [

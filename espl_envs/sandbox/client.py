@@ -312,7 +312,7 @@ class RemoteSandbox:
                 result = await self._receive()
             if result.kind == frames.RESULT and result.header.get("call") == seq:
                 return
-        except (TimeoutError, SandboxFault):
+        except (TimeoutError, _Late, SandboxFault):
             pass
         except asyncio.CancelledError:
             self._end = self._end or "a cancelled call did not end"
