@@ -67,7 +67,7 @@ def _theirs(work: Work, adapter: Mapping[str, Tensor], rollouts: list[Rollout]) 
 
 
 def _same_prompts(work: Work, tokenizer: Any, rollouts: list[Rollout]) -> None:
-    asked = conversations(system_prompt(work), 1 + max(rollout.key.task for rollout in rollouts))
+    asked = conversations(system_prompt(work), work.vocabulary)
     for rollout in rollouts:
         messages = [m.to_openai() for m in asked[rollout.key.task]]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -19,14 +19,14 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import machine, write
+from benchmarks.trainer.models import VOCABULARY, llama
 from benchmarks.trainer.process import Meter, in_process
 from benchmarks.trainer.sides import replaying, trl_trainer
-from benchmarks.trainer.work import Work, random_llama
+from benchmarks.trainer.work import Work
 from espl_train.randomness import generator
 from espl_train.records import Group, Rollout, RolloutKey, StopReason, Turn
 
 BOUND = 2.0
-VOCABULARY = 151_936      # of Qwen2.5 and Qwen3
 SYSTEM, PROBLEM, SHORTEST, LONGEST = 200, 40, 32, 256
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     print(f"{'micro-batch':28} {'ours':>7} {'TRL':>7} {'ratio':>6} {'ours':>7} {'TRL':>7} {'ratio':>6}")
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = random_llama(
+        model = llama(
             Path(folder), vocab_size=VOCABULARY, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=4,
         )

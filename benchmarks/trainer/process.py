@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.trainer.work import Work
 
 
@@ -22,26 +24,37 @@ class Figures:
     seconds: float
     cpu: float
     tokens: int
-    memory: float     # MiB: the highest resident size of the step, less the size after loading
+    memory: float     # MiB: at most in use during the step, less what was in use after loading
 
 
 class Meter:
-    """Measures steps of this process. `tokens` may also be counted from inside a step, with `add`."""
+    """Measures steps of this process on `device`. Tokens are counted from inside a step, with `add`.
 
-    def __init__(self) -> None:
-        self.loaded = _resident()
+    Memory is the process's resident size on a CPU, and what torch holds on a GPU (all of it, weights included).
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.loaded = _resident() if device == "cpu" else 0.0
         self.tokens = 0
 
     def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")      # forget the high-water mark
+        if self.device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")      # forget the high-water mark
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
         self.tokens, self._wall, self._cpu = 0, time.perf_counter(), time.process_time()
 
     def add(self, tokens: int) -> None:
         self.tokens += tokens
 
     def stop(self) -> Figures:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        return Figures(wall, cpu, self.tokens, _resident("VmHWM") - self.loaded)
+        most = _resident("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+        return Figures(wall, cpu, self.tokens, most - self.loaded)
 
 
 def _resident(field: str = "VmRSS") -> float:

@@ -15,14 +15,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.trainer.process import Meter
-from benchmarks.trainer.work import ENV, PROBLEMS, Work, conversations, reward
+from benchmarks.trainer.work import ENV, Work, conversations, reward
 from espl_train.records import Rollout
+
+CONTEXT = 2048      # tokens of the longest sequence: what engines reserve memory for
 
 
 def ours(work: Work, pipe: Connection) -> None:
     """Serve steps of our trainer."""
     with our_trainer(work) as trainer:
-        meter = Meter()
+        meter = Meter(work.device)
         pipe.send("ready")
         while pipe.recv() == "step":
             meter.start()
@@ -45,7 +47,9 @@ def our_trainer(work: Work) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = load(overrides={
             "mode": "rl", "steps": 10**6, "out": f"{folder}/run", "tensorboard": False, "env.id": ENV,
-            "model.path": work.model, "model.threads": work.threads, "model.templates": "micro",
+            "env.args.vocabulary": work.vocabulary, "model.path": work.model, "model.threads": work.threads,
+            "model.dtype": work.dtype, "model.device": work.device, "model.templates": "micro",
+            "engine.kind": "vllm" if work.vllm else "local", "engine.context": CONTEXT,
             "rollout.prompts": 1, "rollout.problems": work.problems, "rollout.samples": work.samples,
             "rollout.max_new_tokens": work.new_tokens, "rollout.max_total_tokens": work.new_tokens,
             "rollout.temperature": work.temperature, "evolution.root": work.principles,
@@ -90,7 +94,7 @@ def trl(work: Work, pipe: Connection) -> None:
         return [reward(completion[0]["content"]) for completion in completions]
 
     with trl_trainer(work, rewards, callbacks=[OnDemand()]) as trainer:
-        meter = Meter()
+        meter = Meter(work.device)
         trainer.train()
 
 
@@ -126,13 +130,14 @@ def trl_trainer(work: Work, rewards: Callable[..., list[float]], **options: Any)
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(work.threads)
-    prompts = [[m.to_openai() for m in c] for c in conversations(system_prompt(work), PROBLEMS)]
+    prompts = [[m.to_openai() for m in c] for c in conversations(system_prompt(work), work.vocabulary)]
     lora = LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32), rewards,
-            GRPOConfig(folder, **_same_work(work), **_spared()), train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=lora, **options,
+            AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.dtype)), rewards,
+            GRPOConfig(folder, **_same_work(work), **_spared(work)),
+            train_dataset=Dataset.from_dict({"prompt": prompts}), peft_config=lora,
+            processing_class=AutoTokenizer.from_pretrained(work.model), **options,
         )
         trainer.eos_token_ids = []                         # replies of equal length on both sides
         trainer.remove_callback(PrinterCallback)
@@ -148,18 +153,23 @@ def _same_work(work: Work) -> dict[str, Any]:
         "num_generations": work.samples, "max_completion_length": work.new_tokens, "temperature": work.temperature,
         "loss_type": "dapo", "scale_rewards": "none", "beta": 0.0, "num_iterations": 1, "max_grad_norm": 1.0,
         "learning_rate": work.learning_rate, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95,
-        "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_steps": 10**6, "use_cpu": True,
+        "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_steps": 10**6, "use_cpu": work.device == "cpu",
     }
 
 
-def _spared() -> dict[str, Any]:
+def _spared(work: Work) -> dict[str, Any]:
     """What costs TRL time by default and is not part of a step, or slows a CPU down: off."""
+    vllm = {
+        "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, "vllm_max_model_length": CONTEXT,
+        "vllm_importance_sampling_correction": False,      # on by default: one more forward pass
+    }
     return {
-        "gradient_checkpointing": False,               # on by default: a second forward pass
-        "bf16": False,                                 # on by default: autocast, slow on most CPUs
-        "generation_kwargs": {"eos_token_id": None},   # no search for an end of sequence after every token
+        "gradient_checkpointing": False,                   # on by default: a second forward pass
+        "bf16": work.dtype == "bfloat16",                  # on by default: autocast, slow on most CPUs
+        # no search for an end of sequence after every token
+        "generation_kwargs": {"ignore_eos": True} if work.vllm else {"eos_token_id": None},
         "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": False, **(vllm if work.vllm else {}),
     }
 
 

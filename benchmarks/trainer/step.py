@@ -16,9 +16,10 @@ from typing import Any
 
 from benchmarks.common import machine, write
 from benchmarks.trainer.agreement import agree
+from benchmarks.trainer.models import MICRO, llama
 from benchmarks.trainer.process import Figures, Side, in_process
 from benchmarks.trainer.sides import ours, trl
-from benchmarks.trainer.work import MICRO, Work, random_llama
+from benchmarks.trainer.work import Work
 
 BOUND = 3.0
 SHAPES = ((8, 8), (2, 8))      # problems × samples
@@ -78,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = {"bundled": ("bundled model, 0.8M", str(MICRO)), "random": ("random Llama, 6M", folder)}
         if options.model != "bundled":
-            random_llama(Path(folder))
+            llama(Path(folder))
         for name, path in [models[options.model]] if options.model else models.values():
             for problems, samples in SHAPES:
                 work = Work(path, problems, samples, options.new_tokens, threads=options.threads)

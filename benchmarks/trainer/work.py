@@ -1,7 +1,8 @@
-"""What two trainers are given to do: a model, conversations, a reward, and every number that decides how much it is.
+"""What two trainers are given to do: conversations, a reward, and every number that decides how much it is.
 
-The conversations are those of the micro world: one system prompt of about 200 tokens before problems of about 15. The
-reward is a hash of the reply, so that nearly every group has a contrast and no group can be skipped by either side.
+The conversations are those of the micro world (one system prompt of about 200 tokens before problems of about 15), or,
+for models that do not know it, words "w17" of which each is a token. The reward is a hash of the reply, so that nearly
+every group has a contrast and no group can be skipped by either side.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import gymnasium
 
@@ -21,8 +21,8 @@ from espl_envs.core.protocol import WholeReply
 from espl_envs.core.tasks import Split, StaticTasks, Task
 from espl_envs.grading.verdict import Verdict
 from espl_envs.tasks.conventions import RULES, SYMBOLS, ConventionTasks
+from espl_train.randomness import generator
 
-MICRO = Path(__file__).parents[2] / "espl_train" / "models" / "micro"
 ENV = "bench/Hash-v0"
 PROBLEMS = 64
 
@@ -36,11 +36,15 @@ class Work:
     samples: int = 8
     new_tokens: int = 64
     rules: int = 64          # sentences of the system prompt, about three tokens each; 0 = no system prompt
+    vocabulary: int = 0      # conversations of that many different words; 0 = of the micro world
     micro_batch: int = 0     # sequences per forward pass of the learner; 0 = all
     rank: int = 32
     learning_rate: float = 1e-4
     temperature: float = 1.0
     threads: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    vllm: bool = False       # samples for both sides
 
     @property
     def sequences(self) -> int:
@@ -56,6 +60,8 @@ class Work:
         """The system prompt as principles of two rules each."""
         words = list(RULES)
         rules = [f"{SYMBOLS[i % len(SYMBOLS)]} {words[i % len(words)]}" for i in range(self.rules)]
+        if self.vocabulary:
+            rules = [_words(self.vocabulary, 2, "rule", i) for i in range(self.rules)]
         return tuple(". ".join(rules[i : i + 2]) for i in range(0, len(rules), 2))
 
 
@@ -65,10 +71,10 @@ def reward(text: str) -> float:
 
 
 class HashEnv(TextEnv):
-    """Problems of the micro world, one reply each, rewarded by `reward`."""
+    """Problems in one reply each, rewarded by `reward`; see `Work.vocabulary`."""
 
-    def __init__(self, **settings: Any) -> None:
-        sources = {split: partial(_problems, split) for split in get_args(Split)}
+    def __init__(self, vocabulary: int = 0, **settings: Any) -> None:
+        sources = {split: partial(_problems, split, vocabulary) for split in get_args(Split)}
         super().__init__(Family(sources=sources, grade=_grade, protocol=WholeReply()), **settings)
 
 
@@ -77,32 +83,23 @@ async def _grade(task: Task, answer: str) -> Verdict:  # noqa: ARG001
 
 
 @cache
-def _problems(split: Split) -> StaticTasks:
+def _problems(split: Split, vocabulary: int) -> StaticTasks:
+    if vocabulary:
+        texts = [_words(vocabulary, 15, split, i) for i in range(PROBLEMS)]
+        return StaticTasks([Task(f"{split}-{i}", split, text, "") for i, text in enumerate(texts)])
     world = ConventionTasks(0, split, 1.0, 1.0)
     return StaticTasks([world[i] for i in range(PROBLEMS)])
+
+
+def _words(vocabulary: int, count: int, *key: object) -> str:
+    return " ".join(f"w{i}" for i in generator(0, "words", *key).integers(10, vocabulary, count))
 
 
 gymnasium.register(ENV, HashEnv)
 
 
-def conversations(system_prompt: str, count: int) -> list[Conversation]:
-    """The first `count` prompts of the training split, as messages."""
-    env = HashEnv(split="train")
-    return [env.reset(seed=0, options={"task": i, "system_prompt": system_prompt})[0] for i in range(count)]
-
-
-def random_llama(folder: Path, **shape: Any) -> str:
-    """Save a random Llama with the bundled model's tokenizer; about 6 million parameters unless `shape` says else."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(MICRO)
-    settings = {
-        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 7,
-        "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048,
-        "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
-    }
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**settings, **shape})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def conversations(system_prompt: str, vocabulary: int = 0) -> list[Conversation]:
+    """All prompts of the training split, as messages."""
+    env = HashEnv(vocabulary, split="train")
+    tasks = range(PROBLEMS)
+    return [env.reset(seed=0, options={"task": i, "system_prompt": system_prompt})[0] for i in tasks]
