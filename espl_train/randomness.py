@@ -6,20 +6,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import numpy as np
 
-Part = str | int | float | bool | None
+from espl_envs.core.randomness import Part, derive
+
+__all__ = ["Part", "derive", "generator", "uniforms"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def derive(*parts: Part) -> int:
-    """A seed in [0, 2⁶³) for the key `parts`: blake2b over the key as a canonical JSON list (so 1 and "1" differ)."""
-    text = json.dumps(parts, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(*parts: Part) -> np.random.Generator:

@@ -44,6 +44,25 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         raise
 
 
+def run_through(coroutine: Coroutine[Any, Any, T], grace: float = 30.0) -> T:
+    """`run`, for work that holds things: an interrupt cancels it and waits up to `grace` seconds for its clean-up."""
+    ended = threading.Event()
+
+    async def whole() -> T:
+        try:
+            return await coroutine
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(whole(), loop())
+    try:
+        return future.result()
+    except BaseException:
+        if future.cancel():
+            ended.wait(grace)
+        raise
+
+
 def _forget() -> None:
     global _loop, _lock
     _loop, _lock = None, threading.Lock()

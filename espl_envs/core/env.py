@@ -203,6 +203,11 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         return episode.messages, reward, episode.terminated, episode.truncated, self._info(episode)
 
     @property
+    def task(self) -> Task | None:
+        """The task of the running (or last) episode; None before the first."""
+        return self._episode.task if self._episode else None
+
+    @property
     def messages(self) -> Conversation:
         """The conversation of the running (or last) episode; empty before the first."""
         return self._episode.messages if self._episode else ()
