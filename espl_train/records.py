@@ -44,16 +44,20 @@ class Turn:
     `context` are the ids that were appended before sampling (on the first turn the whole prompt, later the template's
     suffix: tool or user messages plus the generation prompt); `tokens` the sampled ids, stop id included where it was
     sampled; `logprobs` one per sampled id, under the distribution that was really sampled from (temperature included).
+    `fork`: the template changed what stood before, so `context` is not appended: it is the whole prompt anew, and a new
+    training sequence begins.
     """
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    fork: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One played episode. The training sequence is the concatenation context₀ tokens₀ context₁ tokens₁ …"""
+    """One played episode. The training sequence is the concatenation context₀ tokens₀ context₁ tokens₁ …, and one more
+    begins at each fork."""
 
     key: RolloutKey
     task_id: str
@@ -73,6 +77,11 @@ class Rollout:
     @property
     def sampled_tokens(self) -> int:
         return sum(len(turn.tokens) for turn in self.turns)
+
+    @property
+    def forks(self) -> int:
+        """How often the template rewrote the conversation."""
+        return sum(turn.fork for turn in self.turns)
 
 
 @dataclass(frozen=True, slots=True)

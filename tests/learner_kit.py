@@ -104,3 +104,26 @@ def random_groups(seed: int, count: int = 3, samples: int = 4, advantages: bool 
         values = torch.randn(samples, generator=random).tolist() if advantages else []
         groups.append(group(*played, advantages=values))
     return groups
+
+
+def related_groups(seed: int, count: int = 4, samples: int = 4) -> list[Group]:
+    """Groups whose rollouts begin alike, as those of a run do: a common head for all, a prompt for each group; some
+    samples say the same at first, two in a group say exactly the same."""
+    random = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(2, VOCABULARY, (length,), generator=random).tolist()
+
+    head, groups = ids(17), []
+    for task in range(count):
+        prompt, start = [*head, *ids(3 + task)], ids(2)
+        played = []
+        for sample in range(samples):
+            first = [*start, *ids(1 + (3 * sample + task) % 7)] if sample % 3 else ids(1 + 2 * task)
+            turns = [(prompt, first), *([(ids(2), ids(3))] if sample % 2 else [])]
+            if sample == samples - 1:
+                turns = [(turn.context, turn.tokens) for turn in played[0].turns]
+            old = [(-4 + torch.rand(len(t), generator=random)).tolist() for _, t in turns]
+            played.append(rollout(float(sample % 2), turns, old, prompt=f"p{task % 2}", task=task, sample=sample))
+        groups.append(group(*played, advantages=torch.randn(samples, generator=random).tolist()))
+    return groups

@@ -1,32 +1,25 @@
-"""From rollouts to micro-batches: which tokens are learnt, with which weight, in which order they are computed.
+"""From training sequences to micro-batches: what is computed together, in which layout.
 
-`pack` is the only way in: sequences are padded on the right here, and a padding-free layout would change this file and
-nothing else. What carries no gradient is left out: groups without contrast, faulted and filtered rollouts, empty
-replies.
+Two layouts. *Packed*: one row without padding, in which a head that sequences share is computed once (`forest.py`).
+*Padded*: sequences of similar length, one a row, for models whose attention cannot be told about packed rows. The
+gradient of an update depends on neither, nor on how it is split: weights were set before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from espl_train.learner.losses import NORMALISATIONS, Measure
-from espl_train.learner.naming import choose
-from espl_train.records import Group, Rollout
+from espl_train.learner.attention import Packed, arguments
+from espl_train.learner.forest import grow, heads, lexicographic
+from espl_train.learner.sequences import TrainingSequence
 
-
-class TrainingSequence(NamedTuple):
-    """One rollout as the learner sees it; L ids, n of them sampled."""
-
-    ids: Tensor           # [L] context₀ tokens₀ context₁ tokens₁ …
-    sampled: Tensor       # [n] where in `ids` the sampled ones stand
-    behaviour: Tensor     # [n] log-probabilities they were sampled with
-    advantage: float
-    prompt: str
+OVERHEAD = 1.1       # time per token of a packed row over that of a padded one, where nothing is shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +28,7 @@ class MicroBatch:
 
     inputs: dict[str, Any]    # the decoder's arguments, `input_ids` [B, L] among them
     sequences: int
+    cost: float           # in tokens: what the attention to earlier ones costs is counted in
     before: Tensor        # [K] flat position, in [B·L], of the id before each sampled one: its logits predict it
     targets: Tensor       # [K] the sampled ids
     behaviour: Tensor     # [K]
@@ -42,86 +36,146 @@ class MicroBatch:
     weights: Tensor       # [K] one over the global denominator
     rows: Tensor          # [K] which sequence a sampled token belongs to, 0..sequences-1
 
+    @property
+    def size(self) -> int:
+        """Ids that are computed, padding included."""
+        return int(self.inputs["input_ids"].numel())
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        tensors = [field.name for field in fields(self) if field.name not in ("inputs", "sequences")]
-        moved = {name: getattr(self, name).to(device) for name in tensors}
-        inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return MicroBatch(inputs=inputs, sequences=self.sequences, **moved)
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
+        moved["inputs"] = {name: value.to(device) for name, value in self.inputs.items()}
+        return MicroBatch(**moved)
 
 
-def pack(groups: Sequence[Group], budget: int, normalise: str = "sum", constant: int = 1) -> list[MicroBatch]:
-    """Micro-batches of at most `budget` padded ids, longest sequences first (a longer one stands alone).
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a micro-batch may hold. `width` is the model's hidden size: looking at one earlier id costs 1 / (6·width) of
+    what computing one costs (4·width operations per layer, as against about 24·width²)."""
 
-    Weights are set before the split, over all sequences at once: no sum over micro-batches depends on `budget`.
+    tokens: int
+    width: int = 1024
+    packed: bool = True      # whether the model can be given packed rows
+
+
+def pack(sequences: Sequence[TrainingSequence], limits: Limits) -> list[MicroBatch]:
+    """Micro-batches of at most `limits.tokens` ids (a longer sequence stands alone), as few as that allows and of costs
+    as even as their order allows. Packed where that is cheaper: sharing saves more than the packed attention costs.
     """
-    sequences = [s for group in groups for s in training_sequences(group)]
-    measures = [Measure(len(s.sampled), s.prompt) for s in sequences]
-    weights = choose(NORMALISATIONS, normalise, "learner.normalise")(measures, constant)
-    weighted = sorted(zip(sequences, weights, strict=True), key=lambda pair: -len(pair[0].ids))
-    return [_padded(chunk) for chunk in _chunks(weighted, budget)]
-
-
-def training_sequences(group: Group) -> list[TrainingSequence]:
-    """The sequences of one group; none where no rollout did better than another."""
-    if len(group.advantages) != len(group.rollouts):
-        raise ValueError(f"group of task '{group.task_id}' has no advantages: assign them before the update")
-    if not group.contrast:
+    if not sequences:
         return []
-    return [
-        training_sequence(rollout, advantage)
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        if advantage is not None and rollout.sampled_tokens and not rollout.faulted
-    ]
+    padded = _Padded(sequences, limits.width)
+    if not limits.packed:
+        return padded.cut(limits.tokens)
+    packed = _InOneRow(sequences, limits.width)
+    cheaper = packed.whole() * OVERHEAD < padded.whole()
+    return (packed if cheaper else padded).cut(limits.tokens)
 
 
-def training_sequence(rollout: Rollout, advantage: float) -> TrainingSequence:
-    """One rollout's ids in the order in which they came, the sampled ones marked."""
-    ids: list[int] = []
-    sampled: list[int] = []
-    behaviour: list[float] = []
-    for turn in rollout.turns:
-        if len(turn.tokens) != len(turn.logprobs):
-            raise ValueError(f"{rollout.key} has {len(turn.tokens)} tokens and {len(turn.logprobs)} log-probabilities")
-        ids += turn.context
-        sampled += range(len(ids), len(ids) + len(turn.tokens))
-        ids += turn.tokens
-        behaviour += turn.logprobs
-    if sampled[0] == 0:
-        raise ValueError(f"{rollout.key} was sampled from an empty context: nothing predicts its first token")
-    old = torch.tensor(behaviour, dtype=torch.float32)
-    return TrainingSequence(torch.tensor(ids), torch.tensor(sampled), old, advantage, rollout.key.prompt)
+class _Layout:
+    """Sequences in the order in which they are cut; subclasses say what one costs and what a stretch looks like."""
+
+    def __init__(self, sequences: Sequence[TrainingSequence], width: int) -> None:
+        self.sequences = sequences
+        self.width = width
+
+    def own(self, index: int, first: int) -> tuple[int, float]:
+        """Ids and cost that sequence `index` adds to a micro-batch that begins with sequence `first`."""
+        raise NotImplementedError
+
+    def build(self, first: int, last: int) -> tuple[dict[str, Any], list[Tensor]]:
+        """The decoder's arguments for sequences first..last-1, and where the ids of each of them stand."""
+        raise NotImplementedError
+
+    def whole(self) -> float:
+        """The cost of all sequences in one micro-batch."""
+        return sum(self.own(index, 0)[1] for index in range(len(self.sequences)))
+
+    def cut(self, tokens: int) -> list[MicroBatch]:
+        """As few micro-batches as `tokens` allows, the dearest of them as cheap as can be."""
+        fewest = len(_stretches(len(self.sequences), self.own, tokens, float("inf")))
+        stretches = _stretches(len(self.sequences), self.own, tokens, self._even(tokens, fewest))
+        return [self._batch(first, last) for first, last in stretches]
+
+    def _even(self, tokens: int, count: int) -> float:
+        """The smallest bound on the cost of one micro-batch that makes no more than `count` of them."""
+        if count == 1:
+            return float("inf")
+        total = int(sum(self.own(i, i)[1] for i in range(len(self.sequences)))) + 1
+        pieces = range(total // 256, total + 1, max(1, total // 4096))
+        at = bisect_left(pieces, True, key=lambda c: len(_stretches(len(self.sequences), self.own, tokens, c)) <= count)
+        return float(pieces[at]) if at < len(pieces) else float("inf")
+
+    def _batch(self, first: int, last: int) -> MicroBatch:
+        chosen = self.sequences[first:last]
+        inputs, places = self.build(first, last)
+        counts = torch.tensor([len(s.targets) for s in chosen])                                  # [B]
+        rows = torch.repeat_interleave(torch.arange(len(chosen)), counts)                        # [K]
+        return MicroBatch(
+            inputs=inputs,
+            sequences=len(chosen),
+            cost=sum(self.own(index, first)[1] for index in range(first, last)),
+            before=torch.cat([place[s.before] for place, s in zip(places, chosen, strict=True)]),
+            targets=torch.cat([s.targets for s in chosen]),
+            behaviour=torch.cat([s.behaviour for s in chosen]),
+            advantages=torch.tensor([s.advantage for s in chosen], dtype=torch.float32)[rows],
+            weights=torch.tensor([s.weight for s in chosen], dtype=torch.float32)[rows],
+            rows=rows,
+        )
 
 
-Weighted = tuple[TrainingSequence, float]
+class _InOneRow(_Layout):
+    """Lexicographic order: what neighbours share stands once."""
+
+    def __init__(self, sequences: Sequence[TrainingSequence], width: int) -> None:
+        order = lexicographic([s.ids for s in sequences])
+        super().__init__([sequences[i] for i in order], width)
+        self.shared = heads([s.ids for s in self.sequences])
+
+    def own(self, index: int, first: int) -> tuple[int, float]:
+        length, head = len(self.sequences[index].ids), self.shared[index] if index > first else 0
+        return length - head, length - head + (length**2 - head**2) / (12 * self.width)
+
+    def build(self, first: int, last: int) -> tuple[dict[str, Any], list[Tensor]]:
+        forest = grow([s.ids for s in self.sequences[first:last]], self.shared[first:last])
+        return arguments(Packed(forest)), list(forest.places)
 
 
-def _chunks(weighted: Sequence[Weighted], budget: int) -> Iterable[list[Weighted]]:
-    """Cut a list that is sorted by falling length where rows × longest row would pass the budget."""
-    chunk: list[Weighted] = []
-    for pair in weighted:
-        if chunk and (len(chunk) + 1) * len(chunk[0][0].ids) > budget:
-            yield chunk
-            chunk = []
-        chunk.append(pair)
-    if chunk:
-        yield chunk
+class _Padded(_Layout):
+    """Falling length: a row is as long as the first of its micro-batch, padded on the right."""
+
+    def __init__(self, sequences: Sequence[TrainingSequence], width: int) -> None:
+        super().__init__(sorted(sequences, key=lambda s: -len(s.ids)), width)
+
+    def own(self, index: int, first: int) -> tuple[int, float]:
+        length = len(self.sequences[min(first, index)].ids)
+        return length, length + length**2 / (12 * self.width)
+
+    def whole(self) -> float:
+        return sum(self.own(index, index)[1] for index in range(len(self.sequences)))
+
+    def build(self, first: int, last: int) -> tuple[dict[str, Any], list[Tensor]]:
+        rows = [s.ids for s in self.sequences[first:last]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                            # [B, L]
+        column = torch.arange(ids.shape[1])
+        lengths = torch.tensor([len(row) for row in rows])
+        places = list(torch.arange(ids.numel()).view_as(ids))
+        return {"input_ids": ids, "attention_mask": (column < lengths[:, None]).long()}, places
 
 
-def _padded(chunk: Sequence[Weighted]) -> MicroBatch:
-    sequences = [sequence for sequence, _ in chunk]
-    counts = torch.tensor([len(s.sampled) for s in sequences])                                    # [B]
-    rows = torch.repeat_interleave(torch.arange(len(chunk)), counts)                              # [K]
-    ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in sequences], batch_first=True)           # [B, L]
-    lengths = torch.tensor([len(s.ids) for s in sequences])                                       # [B]
-    at = rows * ids.shape[1] + torch.cat([s.sampled for s in sequences])                          # [K]
-    return MicroBatch(
-        inputs={"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()},
-        sequences=len(chunk),
-        before=at - 1,
-        targets=ids.flatten()[at],
-        behaviour=torch.cat([s.behaviour for s in sequences]),
-        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32)[rows],
-        weights=torch.tensor([weight for _, weight in chunk], dtype=torch.float32)[rows],
-        rows=rows,
-    )
+def _stretches(
+    count: int, own: Callable[[int, int], tuple[int, float]], tokens: int, cost: float
+) -> list[tuple[int, int]]:
+    """Cut 0..count-1 wherever one more sequence would pass a bound."""
+    found: list[tuple[int, int]] = []
+    first = used = 0
+    spent = 0.0
+    for index in range(count):
+        ids, price = own(index, first)
+        if index > first and (used + ids > tokens or spent + price > cost):
+            found.append((first, index))
+            first, used, spent = index, 0, 0.0
+            ids, price = own(index, first)
+        used, spent = used + ids, spent + price
+    return [*found, (first, count)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import LearnerConfig, ModelConfig
+from espl_train.learner.attention import install
 from espl_train.learner.loading import context_length, load_model, load_tokenizer, use_threads
 from espl_train.randomness import derive
 
@@ -55,6 +56,7 @@ class Policy:
         self._lock = threading.Lock()
         model.eval()
         _silence_dropout(model)
+        install(model)
         if config.mode == "lora":
             model.requires_grad_(False)
             self._base: nn.Module | None = _sharing_copy(model)
@@ -170,6 +172,7 @@ class Policy:
     def _reference_model(self) -> nn.Module:
         if self._base is None:
             self._base = self._reload().eval().requires_grad_(False)
+            install(self._base)
         return self._base
 
     @contextmanager

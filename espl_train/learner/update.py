@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from espl_train.config import LearnerConfig
-from espl_train.learner import corrections, schedules
+from espl_train.learner import attention, corrections, schedules
 from espl_train.learner.advantages import BASELINES
 from espl_train.learner.logprobs import check_head, token_logprobs
 from espl_train.learner.losses import LOSSES, NORMALISATIONS, PENALTIES, LossInputs, divergence
 from espl_train.learner.naming import choose
-from espl_train.learner.packing import MicroBatch, pack
+from espl_train.learner.packing import Limits, MicroBatch, pack
 from espl_train.learner.policy import Policy
+from espl_train.learner.sequences import training_sequences
 from espl_train.learner.tally import Tally, UpdateReport
 from espl_train.records import Group
 
@@ -52,6 +53,10 @@ class Learner:
         choose(NORMALISATIONS, config.normalise, "learner.normalise")
         choose(BASELINES, config.baseline, "learner.baseline")
         check_head(policy.causal, policy.name)
+        unpacked = attention.prove(policy.causal)
+        width = policy.causal.config.get_text_config().hidden_size
+        self.limits = Limits(config.micro_batch_tokens, width, packed=unpacked is None)
+        self._notes = [f"{policy.name or 'the model'} is trained on padded rows: {unpacked}"] if unpacked else []
         self.steps = 0
         self.skipped: Counter[str] = Counter()
         self._weights = list(policy.trainable_parameters().values())
@@ -105,7 +110,7 @@ class Learner:
     def _micro_batches(self, groups: Sequence[Group]) -> list[MicroBatch]:
         """The whole update, weights set; empty where there is nothing to learn."""
         config = self.config
-        return pack(groups, config.micro_batch_tokens, config.normalise, config.normalise_constant)
+        return pack(training_sequences(groups, config.normalise, config.normalise_constant), self.limits)
 
     def _accumulate(self, batch: MicroBatch, tally: Tally) -> None:
         """Add one micro-batch's share to the gradient and to the tally."""
