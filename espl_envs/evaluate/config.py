@@ -94,6 +94,11 @@ class EvalConfig:
                     for sample in range(self.k):
                         yield EpisodeKey(one.id, one.split, task, sample, prompt)
 
+    def expected(self, env: EnvConfig | None = None) -> int:
+        """How many keys there are."""
+        tasks = sum(one.tasks for one in self.envs) if env is None else env.tasks
+        return tasks * self.k * max(1, len(self.system_prompts))
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
 

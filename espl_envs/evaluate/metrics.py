@@ -1,0 +1,181 @@
+"""Numbers of one task from its samples: mean@k, pass@k, pass^k, maj@k, and what is left of the score under a budget.
+
+All are unbiased: with n samples and k < n they are the mean over every way to choose k of the n. A sample is *right*
+when its score is 1 or more; partial credit counts in the mean alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Self
+
+import numpy as np
+
+from espl_envs.evaluate.records import Episode, Outcome
+from espl_envs.grading.latex import canonical, normalise
+from espl_envs.grading.limits import breach
+from espl_envs.grading.numbers import read_number
+
+Samples = Sequence["Sample"]
+LONGEST_VOTE = 300      # characters; a longer answer is a text or a program, compared as it stands
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the numbers need of a scored episode."""
+
+    score: float
+    answer: str | None
+    outcome: Outcome
+    completion_tokens: int | None
+    tool_calls: int
+
+    @classmethod
+    def of(cls, episode: Episode) -> Self:
+        """Raises ValueError for a fault."""
+        if episode.score is None:
+            raise ValueError(f"{episode.key} is a fault: it has no score")
+        return cls(episode.score, episode.answer, episode.outcome, episode.completion_tokens, episode.tool_calls)
+
+
+@lru_cache(maxsize=4096)
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that at least one of k is right, given that c of n are: 1 - C(n-c, k) / C(n, k), correctly rounded.
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code".
+    """
+    _check(n, c, k)
+    return float(1 - Fraction(math.comb(n - c, k), math.comb(n, k)))
+
+
+@lru_cache(maxsize=4096)
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """pass^k: the chance that all k are right, given that c of n are: C(c, k) / C(n, k), correctly rounded.
+
+    Yao et al. 2024, "τ-bench".
+    """
+    _check(n, c, k)
+    return float(Fraction(math.comb(c, k), math.comb(n, k)))
+
+
+def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> float:
+    """The expected score of the answer that most of k samples give.
+
+    Answers are one vote if they write the same number or, spelling aside, the same text (`vote`); whether a grader
+    takes them for equal is not asked, since a voter has no grader. No answer is no vote, and without votes the score is
+    0. Ties are broken by lot: their mean counts. The score of an answer is the mean over the samples that gave it.
+    """
+    _check(len(answers), 0, k)
+    ballots: dict[Hashable, list[float]] = {}
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is not None:
+            ballots.setdefault(vote(answer), []).append(score)
+    parties = sorted((len(party), math.fsum(party) / len(party)) for party in ballots.values())
+    return _majority(tuple(parties), len(answers) - sum(size for size, _ in parties), k)
+
+
+@lru_cache(maxsize=65536)
+def vote(answer: str) -> Hashable:
+    """What an answer is counted as: the number it writes, else its text without LaTeX spelling, case and spaces."""
+    text = " ".join(answer.split())
+    if len(text) > LONGEST_VOTE or "\n" in answer.strip() or breach(text):
+        return text
+    plain = normalise(text)
+    number = read_number(plain)
+    return number.value if number else canonical(plain).casefold().rstrip(".") or text
+
+
+@lru_cache(maxsize=65536)
+def _majority(parties: tuple[tuple[int, float], ...], abstainers: int, k: int) -> float:
+    """Exact, by the number of votes v that wins: walk through the parties, drawing without replacement, and keep the
+    probability `chance[t, r]` that t parties have v votes so far, none has more, and r draws are left, along with the
+    expectation `worth` of the sum of the scores of those t. Each of t winners is chosen with probability 1 / t.
+    """
+    total, expected = sum(size for size, _ in parties) + abstainers, 0.0
+    if len(parties) == 1 and not abstainers:
+        return parties[0][1]
+    if k == total:
+        winners = [score for size, score in parties if size == parties[-1][0]]
+        return math.fsum(winners) / len(winners) if winners else 0.0
+    drawn = _draws(parties, total, k)
+    for votes in range(1, min(k, parties[-1][0] if parties else 0) + 1):
+        chance = np.zeros((k // votes + 1, k + 1))
+        worth = np.zeros_like(chance)
+        chance[0, k] = 1.0
+        for (size, score), table in zip(parties, drawn, strict=True):
+            old_chance, old_worth = chance, worth
+            chance, worth = np.zeros_like(chance), np.zeros_like(worth)
+            for j in range(min(size, votes - 1, k) + 1):
+                chance[:, : k + 1 - j] += old_chance[:, j:] * table[j:, j]
+                worth[:, : k + 1 - j] += old_worth[:, j:] * table[j:, j]
+            if size >= votes:
+                wins = old_chance[:-1, votes:] * table[votes:, votes]
+                chance[1:, : k + 1 - votes] += wins
+                worth[1:, : k + 1 - votes] += old_worth[:-1, votes:] * table[votes:, votes] + wins * score
+        expected += float(sum(worth[t].sum() / t for t in range(1, len(worth))))
+    return expected
+
+
+def _draws(parties: Sequence[tuple[int, float]], total: int, k: int) -> list[np.ndarray]:
+    """Per party, in order: [draws left, drawn from it] → hypergeometric probability."""
+    tables, left = [], total
+    for size, _ in parties:
+        table = np.zeros((k + 1, min(size, k) + 1))
+        for r in range(min(k, left) + 1):
+            for j in range(min(size, r) + 1):
+                table[r, j] = math.comb(size, j) * math.comb(left - size, r - j) / math.comb(left, r)
+        tables.append(table)
+        left -= size
+    return tables
+
+
+def mean_score(samples: Samples) -> float:
+    """mean@k, k being all of them."""
+    return math.fsum(sample.score for sample in samples) / len(samples)
+
+
+def chance(formula: Callable[[int, int, int], float], k: int, samples: Samples) -> float:
+    """`pass_at_k` or `pass_hat_k` of the samples; NaN where there are fewer than k."""
+    right = sum(sample.score >= 1 for sample in samples)
+    return formula(len(samples), right, k) if len(samples) >= k else math.nan
+
+
+def majority(k: int, samples: Samples) -> float:
+    """`maj_at_k` of the samples; NaN where there are fewer than k."""
+    if len(samples) < k:
+        return math.nan
+    return maj_at_k([sample.answer for sample in samples], [sample.score for sample in samples], k)
+
+
+def share(outcome: Outcome, samples: Samples) -> float:
+    """How many of the samples ended so."""
+    return sum(sample.outcome is outcome for sample in samples) / len(samples)
+
+
+def within_budget(unit: str, budget: int, samples: Samples) -> float:
+    """The mean score where a sample counts iff all that it spent fits in; `unit` is "completion_tokens" or
+    "tool_calls", which every sample must know. Exact for agents that are not told their budget."""
+    return math.fsum(sample.score for sample in samples if getattr(sample, unit) <= budget) / len(samples)
+
+
+def budget_grid(most: int, points: int = 24) -> list[int]:
+    """Budgets from where something may fit to where everything does: all up to a few, then 1-2-5 steps."""
+    if most <= points:
+        return list(range(most + 1))
+    steps = [mantissa * 10**power for power in range(len(str(most)) + 1) for mantissa in (1, 2, 5)]
+    reached = next(step for step in steps if step >= most)
+    return [step for step in steps if step <= reached][-points:]
+
+
+def sizes_of_k(k: int) -> list[int]:
+    """The k that curves are drawn over: powers of two, and k itself."""
+    return sorted({*(2**power for power in range(k.bit_length()) if 2**power <= k), k})
+
+
+def _check(n: int, c: int, k: int) -> None:
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"n = {n} samples, c = {c} right, k = {k}: expected 1 <= k <= n and 0 <= c <= n")
