@@ -1,0 +1,308 @@
+"""The door to any OpenAI-compatible server: `--base-url URL --model NAME`.
+
+What passes (429, 5xx, a dropped connection, a garbled answer) is tried again with growing pauses, or after the pause
+that the server asks for; what stays is a fault, never a score. How many requests are under way adapts to the server
+(`pace.py`). The key comes from an environment variable and goes nowhere but into the request's header: everything that
+the server sends is freed of it before anybody else sees it, also where it echoes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import json
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from espl_envs.core.errors import EsplError, MissingExtra
+from espl_envs.core.messages import Conversation, ToolSpec
+from espl_envs.core.randomness import derive
+from espl_envs.evaluate.agents import Act, AgentFailed, ContextExceeded, Reply, Seat, ToolSyntax, as_reply
+from espl_envs.evaluate.config import AgentConfig, Prices, without_credentials
+from espl_envs.evaluate.credentials import Secret
+from espl_envs.evaluate.pace import Pace
+from espl_envs.evaluate.records import TurnUsage
+from espl_envs.evaluate.refusals import Asked, EndpointFault, Passing, explain
+from espl_envs.evaluate.wire import Completion, Unreadable, from_wire, to_wire, tools_to_wire
+
+if TYPE_CHECKING:
+    import aiohttp
+    import tenacity
+
+MAX_BODY = 64 << 20
+CONNECT_S = 20.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+HELLO_TOKENS = 16
+PREFLIGHT_S = 60.0
+UNREACHABLE = "cannot reach"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a request asks for. None: the server's default. `more`: further fields of the body, as they are.
+    `seeded`: send a seed, keyed by the episode and the turn."""
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    seeded: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked for, for config.json."""
+        known = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seeded": self.seeded or None}
+        return {name: value for name, value in {**known, **self.more}.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds that one request may take, and for how long one that fails is tried again; requests at once at most."""
+
+    request_s: float = 600.0
+    retry_s: float = 300.0
+    concurrency: int = 256
+
+
+class EndpointDoor:
+    """A model behind a URL. Raises EsplError for a URL that is none."""
+
+    tool_syntax: ToolSyntax = "native"
+    system_prompts: tuple[str, ...] = ()
+
+    def __init__(
+        self, base_url: str, model: str, secret: Secret, sampling: Sampling | None = None, limits: Limits | None = None,
+        prices: Prices | None = None, config: AgentConfig | None = None,
+    ) -> None:
+        self.base_url, self.model, self.secret = checked_url(base_url), model, secret
+        self.sampling, self.limits, self.prices = sampling or Sampling(), limits or Limits(), prices
+        self.concurrency = self.limits.concurrency
+        self.config = config or AgentConfig("endpoint", model, model, self.base_url, self.sampling.to_dict())
+
+    @asynccontextmanager
+    async def open(self, tools: Sequence[ToolSpec]) -> AsyncIterator[Endpoint]:
+        """Connect, and ask for a word or two: a server that is not there, a wrong key, an unknown model and tools that
+        it does not take are EsplErrors here, before there is an episode."""
+        try:
+            import aiohttp
+            import tenacity  # noqa: F401
+        except ImportError:
+            raise MissingExtra("eval", "an endpoint") from None
+        limits = self.limits
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=limits.concurrency, ttl_dns_cache=300, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=CONNECT_S),
+            headers={"Content-Type": "application/json", **self.secret.header()},
+            proxy=_proxy(self.base_url),
+        ) as session:
+            endpoint = Endpoint(self, session)
+            await endpoint.preflight(tools)
+            yield endpoint
+
+
+class Endpoint:
+    """An open connection to a server."""
+
+    def __init__(self, door: EndpointDoor, session: aiohttp.ClientSession) -> None:
+        self.door, self.pace = door, Pace(door.limits.concurrency)
+        self._session = session
+        self._limit_name = "max_tokens"
+        self._asked = Asked(door.base_url, door.model, door.secret.name if door.secret.key else "")
+
+    def standing(self) -> str:
+        """Requests under way and the limit of the moment."""
+        return f"{self.pace.under_way} requests of {self.pace.limit}"
+
+    @asynccontextmanager
+    async def sit(self, seat: Seat) -> AsyncIterator[Act]:
+        """One episode: every turn is one chat completion of the whole conversation."""
+        tools = tools_to_wire(seat.tools) if seat.native else []
+        turn = 0
+
+        async def act(messages: Conversation) -> Reply:
+            nonlocal turn
+            body = self._body(messages, tools)
+            if self.door.sampling.seeded:
+                body["seed"] = derive(seat.seed, turn) & 0x7FFFFFFF
+            turn += 1
+            return await self._reply(body, seat.seed + turn, urgent=turn > 1)
+
+        yield act
+
+    def _body(self, messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        sampling = self.door.sampling
+        body: dict[str, Any] = {"model": self.door.model, "messages": to_wire(messages)}
+        if sampling.temperature is not None:
+            body["temperature"] = sampling.temperature
+        if sampling.max_tokens is not None:
+            body[self._limit_name] = sampling.max_tokens
+        if tools:
+            body["tools"] = tools
+        return {**body, **sampling.more}
+
+    async def _reply(self, body: dict[str, Any], seed: int, urgent: bool) -> Reply:
+        try:
+            said, seconds = await self._completed(body, seed, urgent)
+        except ContextExceeded:
+            if self._limit_name not in body:
+                raise
+            # What is left of the context is less than was asked for: the server's own limit is just that.
+            shorter = {name: value for name, value in body.items() if name != self._limit_name}
+            said, seconds = await self._completed(shorter, seed, urgent)
+        prices = self.door.prices
+        cost = prices.cost(said.prompt_tokens, said.completion_tokens) if prices else said.cost
+        usage = TurnUsage(
+            said.prompt_tokens, said.completion_tokens, 0, seconds, cost, said.finish_reason, said.reasoning
+        )
+        return as_reply(Reply(said.message, (usage,)))
+
+    async def _completed(self, body: Mapping[str, Any], seed: int, urgent: bool) -> tuple[Completion, float]:
+        """Ask until there is an answer; it, and the seconds that it took itself. Raises EndpointFault when what should
+        pass does not, AgentLost, ContextExceeded, AgentFailed."""
+        import tenacity
+
+        data, began = json.dumps(body).encode(), time.monotonic()
+        again = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(Passing),
+            stop=tenacity.stop_before_delay(self.door.limits.retry_s),
+            wait=lambda state: _pause(state, seed),
+            reraise=True,
+        )
+        try:
+            return await again(self._attempt, data, urgent)
+        except Passing as problem:
+            raise EndpointFault(f"{problem} (given up after {time.monotonic() - began:.0f} s)") from None
+
+    async def _attempt(self, data: bytes, urgent: bool) -> tuple[Completion, float]:
+        async with self.pace.slot(urgent) as began:
+            try:
+                completion = await self._post(data)
+            except Passing:
+                self.pace.pushed_back(began)
+                raise
+            self.pace.answered(began, completion.completion_tokens)
+            return completion, time.monotonic() - began
+
+    async def _post(self, data: bytes) -> Completion:
+        status, headers, text = await self._fetch("POST", "/chat/completions", data)
+        if status != 200:
+            raise explain(self._asked, status, headers, text)
+        try:
+            answer = json.loads(text)
+            if isinstance(answer, dict) and "choices" not in answer and answer.get("error"):
+                code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
+                status = code if isinstance(code, int) and 400 <= code < 600 else 500
+                raise explain(self._asked, status, {}, text)
+            return from_wire(answer)
+        except (ValueError, RecursionError) as problem:
+            what = problem if isinstance(problem, Unreadable) else "it is not JSON"
+            raise Passing(f"{self.door.base_url} answered what cannot be read: {what}") from None
+
+    async def _fetch(self, method: str, path: str, data: bytes | None = None) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and body of one request, without the key. Raises Passing where there is no answer and
+        AgentFailed for one that is endless."""
+        import aiohttp
+
+        url, size, parts = self.door.base_url + path, 0, []
+        try:
+            async with self._session.request(method, url, data=data, allow_redirects=False) as response:
+                async for part in response.content.iter_any():
+                    parts.append(part)
+                    size += len(part)
+                    if size > MAX_BODY:
+                        raise AgentFailed(f"the reply of {self.door.model} is longer than {MAX_BODY >> 20} MB")
+                text = b"".join(parts).decode("utf-8", "replace")
+                return response.status, response.headers, self.door.secret.hidden(text)
+        except aiohttp.ConnectionTimeoutError:
+            raise Passing(f"{UNREACHABLE} {self.door.base_url}: it does not take connections") from None
+        except TimeoutError:
+            raise Passing(f"{self.door.base_url} gave no answer within {self.door.limits.request_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as problem:
+            why = self.door.secret.hidden(_reason(problem))
+            raise Passing(f"{UNREACHABLE} {self.door.base_url}: {why}") from None
+
+    async def preflight(self, tools: Sequence[ToolSpec]) -> None:
+        """One short call with the settings that episodes will use. Raises EsplError in one sentence."""
+        body = self._body((), tools_to_wire(tools))
+        body["messages"] = [{"role": "user", "content": "Hello."}]
+        problem: Passing | None = None
+        try:
+            async with asyncio.timeout(PREFLIGHT_S):
+                while (problem := await self._hello(body)) is not None:
+                    await asyncio.sleep(FIRST_PAUSE_S)
+        except TimeoutError:
+            why = problem or f"{self.door.base_url} gave no answer"
+            raise EsplError(f"{why}, to a first short request, for {PREFLIGHT_S:g} s") from None
+        except EndpointFault as fault:
+            raise EsplError(await self._with_models(str(fault), tools)) from None
+
+    async def _hello(self, body: Mapping[str, Any]) -> Passing | None:
+        """Why the server cannot answer now; None when it did. Servers that want `max_completion_tokens` say so, and a
+        model that thinks for longer than the few tokens is there."""
+        try:
+            await self._post(json.dumps({**body, self._limit_name: HELLO_TOKENS}).encode())
+        except Passing as problem:
+            if str(problem).startswith(UNREACHABLE):
+                raise EsplError(f"{problem}: is the server running, and --base-url right?") from None
+            return problem
+        except EndpointFault as fault:
+            refused = fault.said if fault.status == 400 else ""
+            if "max_completion_tokens" in refused and self._limit_name == "max_tokens":
+                self._limit_name = "max_completion_tokens"
+                return await self._hello({name: value for name, value in body.items() if name != "max_tokens"})
+            if "output limit was reached" not in refused:
+                raise
+        return None
+
+    async def _with_models(self, problem: str, tools: Sequence[ToolSpec]) -> str:
+        """The refusal, with the models that the server has where it lacks the one that was asked for."""
+        if tools and "tool" in problem.lower():
+            return f"{problem}. With --tool-syntax text tools are explained in the messages instead"
+        try:
+            status, _, text = await self._fetch("GET", "/models")
+            names = [str(model["id"]) for model in json.loads(text)["data"]] if status == 200 else []
+        except (EsplError, ValueError, LookupError, TypeError):
+            names = []
+        if not names or self.door.model in names:
+            return problem
+        near = difflib.get_close_matches(self.door.model, names, 3, 0.4) or sorted(names)[:5]
+        return f"{self.door.base_url} has no model {self.door.model!r}; it has {', '.join(near)}"
+
+
+def _pause(state: tenacity.RetryCallState, seed: int) -> float:
+    """What the server asked for, else twice as long every time; keyed noise, so that not all come back at once."""
+    problem = state.outcome.exception() if state.outcome else None
+    asked = getattr(problem, "retry_after", None)
+    part = derive(seed, state.attempt_number) / 2**63
+    if asked is not None:
+        return float(asked) + part
+    return min(FIRST_PAUSE_S * 2.0 ** (state.attempt_number - 1), LONGEST_PAUSE_S) * (0.5 + part / 2)
+
+
+def checked_url(base_url: str) -> str:
+    """The URL without a slash at its end; `/v1` is added where there is no path, as every server has it. Raises
+    EsplError for what is no URL, and for one with credentials: keys belong into the environment."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EsplError(f"--base-url is {without_credentials(base_url)!r}, expected a URL: http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise EsplError("--base-url holds more than an address: keys come from an environment variable (--api-key-env)")
+    return base_url.rstrip("/") if parts.path.strip("/") else f"{base_url.rstrip('/')}/v1"
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names (HTTP_PROXY, NO_PROXY …); never for this machine itself."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host == "localhost" or host.startswith("127.") or host == "::1" or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+def _reason(problem: Exception) -> str:
+    """What went wrong with a connection, in the words of the system where it has some."""
+    cause = getattr(problem, "os_error", None) or problem
+    return getattr(cause, "strerror", None) or str(cause).partition("\n")[0] or type(problem).__name__

@@ -1,0 +1,344 @@
+"""Plays the episodes of an evaluation, hundreds at once on one event loop, and writes each down as it ends.
+
+Everything random is keyed by the evaluation's seed and the episode's key, so neither the order of events nor a resume
+changes what is played. Episodes are begun sample by sample: a run that ends early has been through every task. What the
+environment's infrastructure does wrong is played again in a fresh environment and then noted as a fault, without a
+score. A fault of the agent's own infrastructure has been tried again where it happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+from espl_envs.core.errors import EnvironmentFault, EsplError
+from espl_envs.core.messages import Conversation
+from espl_envs.core.randomness import derive
+from espl_envs.evaluate.agents import Agent, AgentFailed, AgentFault, ContextExceeded, Reply, Seat, sentence
+from espl_envs.evaluate.config import EvalConfig
+from espl_envs.evaluate.directory import RunDirectory
+from espl_envs.evaluate.plan import Arena
+from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
+
+T = TypeVar("T")
+
+STEP_S = 900.0              # longer than any tool, test or lease may take: an environment that hangs is a fault
+MOST_FAULTS_IN_A_ROW = 25
+
+
+class Halted(EsplError):
+    """The evaluation ends early, for a reason that a person has to look at. It can be resumed."""
+
+
+class _Unpaid(Exception):
+    """The episode needs another model call, and there is no money left."""
+
+
+class Watcher(Protocol):
+    """Whoever shows how it goes."""
+
+    def paid(self, usage: TurnUsage) -> None:
+        """A model call was made, in whatever episode."""
+        ...
+
+    def finished(self, episode: Episode) -> None:
+        """An episode was written down."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Episodes at once; attempts after the first where an environment fails; money for the whole run directory."""
+
+    concurrency: int
+    retries: int = 2
+    max_cost: float | None = None
+
+
+class Purse:
+    """What the evaluation has cost, and whether another episode fits in.
+
+    An episode begins only if all that are under way, and it, could cost what they cost on average; before there is an
+    average, FIRST play. Should the limit be reached all the same, requests under way are the last: what has been paid
+    for is still played, and episodes that would need more are dropped, to be played again when there is money.
+    """
+
+    FIRST = 4
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit, self.spent, self.under_way = limit, 0.0, 0
+        self._finished, self._cost = 0, 0.0
+        self._changed = asyncio.Event()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no request may be made any more."""
+        return self.limit is not None and self.spent >= self.limit
+
+    async def begin(self) -> bool:
+        """Wait until another episode may begin, and count it as under way; False when none ever may."""
+        while not self._admits():
+            if not self.under_way:
+                return False
+            self._changed.clear()
+            await self._changed.wait()
+        self.under_way += 1
+        return True
+
+    def pay(self, cost: float | None) -> None:
+        """A model call. Raises Halted where there is a limit and it cannot be held."""
+        if self.limit is not None and cost is None:
+            raise Halted("--max-cost cannot be held: the agent does not say what its calls cost (give --price, and see "
+                         "that the server reports its tokens)")
+        self.spent += cost or 0.0
+
+    def end(self, cost: float | None = None) -> None:
+        """An episode is no longer under way; `cost` where it was finished."""
+        self.under_way -= 1
+        self._changed.set()
+        if cost is not None:
+            self.finished(cost)
+
+    def finished(self, cost: float) -> None:
+        """An episode counts for the average, one of an earlier session too."""
+        self._finished += 1
+        self._cost += cost
+
+    def _admits(self) -> bool:
+        if self.limit is None:
+            return True
+        if not self._finished:
+            return self.under_way < self.FIRST and not self.empty
+        return self._cost + (self.under_way + 1) * self._cost / self._finished <= self.limit
+
+
+@dataclass(slots=True)
+class _Play:
+    """One attempt at an episode, as far as it has come."""
+
+    messages: Conversation = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+    reward: float = 0.0
+    turns: list[TurnUsage] = field(default_factory=list)
+    over: bool = False
+    terminated: bool = False
+    reference: str | None = None
+    cut_off: bool = False               # the last reply ended because it was too long
+
+    def said(self, reply: Reply, seconds: float) -> None:
+        """The agent's next reply, not yet played."""
+        calls = reply.calls or (TurnUsage(None, None, 0, seconds, None),)
+        self.turns += calls
+        self.cut_off = calls[-1].finish_reason == "length"
+
+    def stepped(self, step: tuple[Conversation, float, bool, bool, Mapping[str, Any]]) -> None:
+        """What came of it. Raises EnvironmentFault where the environment only notes one."""
+        before = float(self.info.get("tool_calls", 0.0))
+        self.messages, reward, self.terminated, truncated, self.info = step
+        if self.info.get("fault"):
+            raise EnvironmentFault(f"the environment notes a fault ({self.info.get('stop_reason')})")
+        self.reward += float(reward)
+        self.over = self.terminated or truncated
+        made = int(self.info.get("tool_calls", 0.0) - before)
+        self.turns[-1] = replace(self.turns[-1], tool_calls=made)
+
+    def outcome(self) -> Outcome:
+        """What the environment made of an episode that it ended. A reply that was cut off for its length before an
+        answer could be read is a budget that ran out."""
+        if not self.terminated:
+            return Outcome.TRUNCATED
+        if self.info.get("stop_reason") != "format":
+            return Outcome.ANSWERED
+        return Outcome.TRUNCATED if self.cut_off else Outcome.NO_ANSWER
+
+
+class Runner:
+    """Plays what is missing in `directory`, in `arenas` (by id). `watcher` is told as it happens."""
+
+    def __init__(
+        self, directory: RunDirectory, arenas: Sequence[Arena], agent: Agent, limits: Limits, watcher: Watcher
+    ) -> None:
+        self.directory, self.config, self.agent, self.limits = directory, directory.config, agent, limits
+        self.purse = Purse(limits.max_cost)
+        self._arenas = {(arena.config.id, arena.config.split): arena for arena in arenas}
+        self._watcher = watcher
+        self._writer = ThreadPoolExecutor(1, "espl-records")     # a disk that is slow keeps no episode waiting
+        self._faults_in_a_row = self._dropped = 0
+
+    async def run(self) -> None:
+        """Play until nothing is missing. Raises Halted where it ends early, and whatever EsplError ends it; what was
+        played is written down."""
+        if self.limits.max_cost is not None:
+            self._settle()
+        queue = iter(order(self.config, self.directory.missing()))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.limits.concurrency):
+                    group.create_task(self._work(queue))
+        except BaseExceptionGroup as problems:
+            raise _first(problems) from None
+        finally:
+            await asyncio.to_thread(self._writer.shutdown)
+            for arena in self._arenas.values():
+                await arena.aclose()
+        if self._dropped or next(queue, None) is not None:
+            raise Halted(f"the cost limit of {self.limits.max_cost:g} is reached ({self.purse.spent:.4g} spent)")
+
+    def _settle(self) -> None:
+        """What earlier sessions cost counts, too."""
+        for episode in self.directory.episodes(transcripts=False):
+            self.purse.spent += episode.cost or 0.0
+            self.purse.finished(episode.cost or 0.0)
+
+    async def _work(self, queue: Iterator[EpisodeKey]) -> None:
+        """One place at the table: play episodes until none is left, or none can be paid for."""
+        loop = asyncio.get_running_loop()
+        while await self.purse.begin():
+            cost = None
+            try:
+                if (key := next(queue, None)) is None:
+                    return
+                episode = await self._episode(key)
+                cost = episode.cost or 0.0
+            except _Unpaid:
+                self._dropped += 1
+                return
+            finally:
+                self.purse.end(cost)
+            await loop.run_in_executor(self._writer, self.directory.append, episode)
+            self._watcher.finished(episode)
+            self._count_faults(episode)
+
+    def _count_faults(self, episode: Episode) -> None:
+        self._faults_in_a_row = self._faults_in_a_row + 1 if episode.outcome is Outcome.FAULT else 0
+        if self._faults_in_a_row >= MOST_FAULTS_IN_A_ROW:
+            raise Halted(f"{self._faults_in_a_row} episodes in a row came to nothing; the last one: {episode.error}")
+
+    async def _episode(self, key: EpisodeKey) -> Episode:
+        began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="milliseconds")
+        attempt = 0
+        while True:
+            attempt += 1
+            play = _Play()
+            try:
+                outcome, error = await self._attempt(key, play)
+            except EnvironmentFault as fault:
+                if attempt <= self.limits.retries and not isinstance(fault, AgentFault):
+                    continue
+                outcome, error = Outcome.FAULT, sentence(fault) if not str(fault) else " ".join(str(fault).split())
+            return _record(key, play, outcome, error, attempt, time.monotonic() - began, started)
+
+    async def _attempt(self, key: EpisodeKey, play: _Play) -> tuple[Outcome, str | None]:
+        """One attempt in an environment that is used again unless it failed."""
+        arena = self._arenas[key.env, key.split]
+        env = arena.take()
+        try:
+            outcome = await self._play(key, play, arena, env)
+            if not play.over:
+                await env.aclose()
+        except BaseException:
+            await env.aclose()
+            raise
+        arena.give(env)
+        return outcome
+
+    async def _play(self, key: EpisodeKey, play: _Play, arena: Arena, env: Any) -> tuple[Outcome, str | None]:
+        error = None
+        options: dict[str, Any] = {"task": key.task}
+        if self.config.system_prompts:
+            options["system_prompt"] = self.config.system_prompts[key.system_prompt]
+        seed, parts = self.config.seed, astuple(key)
+        play.messages, play.info = await _of_env(
+            env.areset(seed=derive(seed, "environment", *parts), options=options)
+        )
+        inner = env.unwrapped
+        play.reference = inner.task.answer
+        seat = Seat(key, derive(seed, "agent", *parts), inner.task.id, inner.tools, arena.native, inner)
+        try:
+            async with self.agent.sit(seat) as act:
+                while not play.over:
+                    if self.purse.empty:
+                        raise _Unpaid
+                    asked = time.monotonic()
+                    reply = await act(play.messages)
+                    play.said(reply, time.monotonic() - asked)
+                    for call in reply.calls:
+                        self._watcher.paid(call)
+                        self.purse.pay(call.cost)
+                    play.stepped(await _of_env(env.astep(reply.message)))
+        except AgentFailed as failed:
+            error = str(failed)
+            if not play.over:
+                return Outcome.AGENT_ERROR, error
+        except ContextExceeded as exceeded:
+            return Outcome.TRUNCATED, str(exceeded)
+        return play.outcome(), error
+
+
+def order(config: EvalConfig, keys: Sequence[EpisodeKey]) -> list[EpisodeKey]:
+    """The keys in the order in which they are played: every task once, under every prompt, before any a second time."""
+    place = {(env.id, env.split): number for number, env in enumerate(config.envs)}
+    return sorted(keys, key=lambda key: (key.sample, key.system_prompt, place[key.env, key.split], key.task))
+
+
+async def _of_env(step: Awaitable[T]) -> T:
+    """A step of an environment. What it raises that is no EsplError is its own mistake: a fault, not the agent's."""
+    try:
+        async with asyncio.timeout(STEP_S) as limit:
+            return await step
+    except EsplError:
+        raise
+    except Exception as problem:
+        if isinstance(problem, TimeoutError) and limit.expired():
+            raise EnvironmentFault(f"the environment did not come back within {STEP_S:g} s") from problem
+        raise EnvironmentFault(f"the environment raised {sentence(problem)}") from problem
+
+
+def _first(problems: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one that a person should read: of several that came at once, one that explains itself."""
+    leaves = [leaf for problem in problems.exceptions for leaf in _leaves(problem)]
+    return next((leaf for leaf in leaves if isinstance(leaf, EsplError)), leaves[0])
+
+
+def _leaves(problem: BaseException) -> Iterator[BaseException]:
+    if isinstance(problem, BaseExceptionGroup):
+        for inner in problem.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield problem
+
+
+def _record(
+    key: EpisodeKey, play: _Play, outcome: Outcome, error: str | None, attempts: int, seconds: float, started: str
+) -> Episode:
+    scored = {Outcome.FAULT: None, Outcome.AGENT_ERROR: 0.0}
+    info = play.info
+    return Episode(
+        key=key,
+        task_id=str(info.get("task_id", "")),
+        task_hash=str(info.get("task_hash", "")),
+        outcome=outcome,
+        score=scored.get(outcome, float(info.get("score", play.reward))),
+        reward=None if outcome is Outcome.FAULT else play.reward,
+        stop_reason=_stop_reason(play, outcome),
+        answer=str(info["answer"]) if info.get("answer") else None,
+        reference=play.reference,
+        info=info,
+        messages=play.messages,
+        turns=tuple(play.turns),
+        error=error,
+        attempts=attempts,
+        seconds=seconds,
+        started=started,
+    )
+
+
+def _stop_reason(play: _Play, outcome: Outcome) -> str:
+    """The environment's word, else what ended the episode from outside."""
+    outside = {Outcome.AGENT_ERROR: "agent_error", Outcome.FAULT: "fault", Outcome.TRUNCATED: "context"}
+    return str(play.info.get("stop_reason") or "") or outside.get(outcome, "")
