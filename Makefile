@@ -1,7 +1,9 @@
 # make train · make test · make lint · make bench — each sets itself up in .venv; only Python >= 3.11 and make are needed.
+# make vllm sets up .venv-vllm, where the tests of the vLLM engine run on a CPU; make test runs them where it is there.
 # Another torch build (CUDA): make train TORCH="torch==2.13.0 --index-url URL" with the URL that pytorch.org shows for your card.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
 ARGS ?=
 WORKERS ?= logical
@@ -9,13 +11,27 @@ WORKERS ?= logical
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: train test lint bench clean
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+# What ESPL_REQUIRE names is never skipped; vLLM is required of the second environment, the rest of the first.
+COMMA := ,
+REQUIRED := $(subst $(COMMA), ,$(ESPL_REQUIRE))
+SECOND := $(if $(or $(filter vllm,$(REQUIRED)),$(wildcard $(VLLM_VENV)/.ready)),test-vllm)
+
+.PHONY: train test test-main test-vllm vllm lint bench clean
 
 train: $(VENV)/.train
 	@$(BIN)/espl-train $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: test-main $(SECOND)
+
+test-main: lint
+	ESPL_REQUIRE=$(subst $() ,$(COMMA),$(filter-out vllm,$(REQUIRED))) \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-vllm: vllm $(if $(SECOND),test-main)
+	ESPL_REQUIRE=vllm OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_engines_*.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,5 +60,18 @@ $(VENV)/.dev: $(VENV)/.train
 	@$(PIP) --editable ".[train,reasoning,games,docker,dev]"
 	@touch $@
 
+vllm: $(VLLM_VENV)/.ready
+
+$(VLLM_VENV)/.packages: constraints-vllm.txt
+	@echo "setting up $(VLLM_VENV) (once)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) --constraint constraints-vllm.txt $(TORCH)
+	@$(VLLM_PIP) --no-deps --requirement constraints-vllm.txt
+	@touch $@
+
+$(VLLM_VENV)/.ready: pyproject.toml $(VLLM_VENV)/.packages
+	@$(VLLM_PIP) --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

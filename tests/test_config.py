@@ -144,6 +144,12 @@ def test_values_are_read_by_the_type_of_their_option(words: list[str], key: str,
         (["--rollout.max_new_tokens", "1000"], ["max_total_tokens", "raise the total"]),
         (["--evaluation.samples", "4", "--evaluation.temperature", "0"], ["greedy samples are all the same"]),
         (["--rollout.samples", "1"], ["at least 2 samples"]),
+        (["--learner.loss", "ppo", "--learner.ratio_bounds", "[0.2, 0.28]"], ["learner.ratio_bounds", "around 1"]),
+        (["--learner.ratio_bounds", "[0.8, 1.2]"], ["loss 'importance_sampling' has no bounds"]),
+        (["--learner.correction_bounds", "[0, 2]"], ["correction 'none' has no bounds"]),
+        (["--learner.correction", "token_mask", "--learner.correction_bounds", "[2, 1]"], ["around 1"]),
+        (["--learner.correction", "tis"], ["learner.correction is 'tis'", "token_truncate"]),
+        (["--learner.overlong_buffer", "0"], ["above 0"]),
         (["--evolution.capacity", "2"], ["needs room for"]),
         (["--evolution.root", '["' + "word " * 40 + '"]'], ["40 words"]),
         (["--model.device", "gpu"], ["cuda:N"]),
@@ -226,6 +232,36 @@ def test_every_preset_loads_round_trips_and_says_what_it_is(name: str) -> None:
     config = load([name])
     assert from_toml(to_toml(config)) == config
     assert len(preset_descriptions()[name]) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "bounds", "normalise", "divide", "extra"),
+    [
+        ("grpo", "ppo", (0.8, 1.2), "sequence_mean", True, {"kl": 0.04, "kl_estimator": "k3"}),
+        ("dr_grpo", "ppo", (0.8, 1.2), "constant", False, {}),
+        ("dapo", "ppo", (0.8, 1.28), "token_mean", True, {"overlong": "penalise"}),
+        ("gspo", "gspo", (1 - 3e-4, 1 + 4e-4), "sequence_mean", True, {"correction": "token_truncate"}),
+        ("cispo", "cispo", (0.0, 4.0), "token_mean", True, {}),
+    ],
+)
+def test_published_algorithms_are_presets_of_nothing_else(
+    name: str, loss: str, bounds: tuple[float, float], normalise: str, divide: bool, extra: dict[str, Any]
+) -> None:
+    """They change what their papers define, and so go together with any experiment."""
+    plain, config = load(["dapo_aime25"]), load(["dapo_aime25", name])
+    learner = config.learner
+    assert learner.ratio_bounds == pytest.approx(bounds)
+    assert (learner.loss, learner.baseline, learner.normalise, learner.divide_by_std) == (
+        loss, "prompt", normalise, divide,
+    )
+    expected = {"kl": 0.0, "overlong": "keep", "correction": "none", **extra}
+    assert {key: getattr(learner, key) for key in expected} == expected
+    assert (config.rollout.dynamic_rounds > 0) == (name == "dapo")
+    algorithm = {
+        "rollout.dynamic_rounds", *(f"learner.{key}" for key in expected), "learner.loss", "learner.ratio_bounds",
+        "learner.normalise", "learner.divide_by_std",
+    }
+    assert set(differences(plain, config)) <= algorithm
 
 
 @pytest.mark.parametrize("name", sorted(PAIRS))

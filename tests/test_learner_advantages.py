@@ -31,6 +31,49 @@ def advantages(rewards: list[list[float]], baseline: str, divide: bool = False) 
     return [g.advantages for g in assign(groups_of(rewards), baseline, divide)]
 
 
+# Two prompts on one problem, rewards 1 0 0 and 1 (fault) 0.5; a third prompt whose rollouts all faulted, and one alone.
+TABLE = [[1.0, 0.0, 0.0], [1.0, None, 0.5], [None], [0.5]]
+SPREAD = sqrt(((1 - 0.5) ** 2 * 2 + 0.5**2 * 2) / 6)      # of 1 0 0 1 0.5 0.5, whose mean is 0.5
+BY_HAND = {
+    # means of the prompts: 1/3, 3/4, 1/2
+    "prompt": [[2 / 3, -1 / 3, -1 / 3], [1 / 4, None, -1 / 4], [None], [0.0]],
+    # mean of the means: 19/36
+    "marginal": [[17 / 36, -19 / 36, -19 / 36], [17 / 36, None, -1 / 36], [None], [-1 / 36]],
+    # means of the others: 0, 1/2, 1/2; 1/2, 1; none
+    "prompt_leave_one_out": [[1.0, -1 / 2, -1 / 2], [1 / 2, None, -1 / 2], [None], [0.0]],
+    # means of (own without oneself, 3/4, 1/2), of (1/3, own without oneself, 1/2), of (1/3, 3/4)
+    "marginal_leave_one_out": [
+        [1 - 5 / 12, -7 / 12, -7 / 12], [1 - 4 / 9, None, 1 / 2 - 11 / 18], [None], [1 / 2 - 13 / 24],
+    ],
+}  # fmt: skip
+
+
+def table_groups() -> list[Group]:
+    return [
+        group(*(rollout(r or 0.0, prompt=f"p{i}", sample=j, faulted=r is None) for j, r in enumerate(row)))
+        for i, row in enumerate(TABLE)
+    ]
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_every_baseline_by_hand(baseline):
+    found = [list(g.advantages) for g in assign(table_groups(), baseline)]
+    assert found == [pytest.approx(row) for row in BY_HAND[baseline]]
+
+
+def test_the_standard_deviation_is_that_of_what_is_compared():
+    within, across = (assign(table_groups(), baseline, divide_by_std=True) for baseline in ("prompt", "marginal"))
+    assert within[0].advantages == pytest.approx([2 / 3 / (sqrt(2) / 3), *[-1 / 3 / (sqrt(2) / 3)] * 2])
+    assert within[1].advantages == pytest.approx([1.0, None, -1.0])
+    assert across[0].advantages == pytest.approx([17 / 36 / SPREAD, *[-19 / 36 / SPREAD] * 2])
+
+
+def test_a_baseline_that_counts_a_fault_as_a_zero_is_found_out():
+    """The reward of a faulted rollout is 0 by accident of its type, not because it failed the problem."""
+    counted = assign(table_groups(), judge=lambda r: r.reward)
+    assert counted[1].advantages != pytest.approx(BY_HAND["prompt"][1])
+
+
 @given(problem)
 def test_prompt_baseline_sums_to_zero_in_every_group(rewards):
     assert all(abs(sum(row)) < 1e-9 for row in advantages(rewards, "prompt"))
