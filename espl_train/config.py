@@ -98,7 +98,7 @@ class EngineConfig(Section):
         None, description="tokens of the longest sequence, prompt and reply together; default: the model's"
     )
     kv_gb: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="gigabytes for keys and values; default: a quarter of the memory (vllm: the rest of gpu_memory)"
+        None, description="gigabytes for keys and values; default: a quarter of the memory (vllm: rest of gpu_memory)"
     )
     deterministic: bool = Field(
         True, description="admit requests at reproducible moments: same seed, same bits (vllm: on a CPU)"
@@ -154,8 +154,10 @@ class LearnerConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k2", description="k1 and k2 have the gradient of that KL (k2 is less noisy), k3 is GRPO's"
     )
-    micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward pass: memory, not the gradient")
-    gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    micro_batch_tokens: Positive = Field(16384, description="tokens per forward pass: memory, not the gradient")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="less memory, a third more work; auto: where a micro-batch would not fit otherwise"
+    )
 
 
 class RatingConfig(Section):

@@ -84,6 +84,7 @@ class IterationReport:
             "rollouts/count": len(rollouts),
             "rollouts/faulted": sum(r.faulted for r in rollouts),
             "rollouts/turns": _mean([float(len(r.turns)) for r in rollouts]),
+            "rollouts/forks": sum(r.forks for r in rollouts),
             "groups/contrast": contrast / len(self.groups),
             "tokens/sampled": sum(r.sampled_tokens for r in rollouts),
             "tokens/reflection": self.reflection_tokens,
@@ -130,6 +131,8 @@ class IterationReport:
             yield f"{child.id} born by {child.operator} of {' and '.join(child.parents)}: {change}{dropped}"
         if self.update is not None and self.update.skipped:
             yield f"no weight update: {self.update.skipped}"
+        if self.update is not None:
+            yield from self.update.notes
 
 
 def history(run: Path) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ def test_a_bf16_base_keeps_its_adapter_in_fp32_and_unmerged():
 
 def test_dropout_of_the_architecture_is_silent_in_training_too():
     policy = Policy(
-        tiny_model(attention_dropout=0.5), tiny_tokenizer(), LearnerConfig(rank=4, gradient_checkpointing=True)
+        tiny_model(attention_dropout=0.5), tiny_tokenizer(), LearnerConfig(rank=4, gradient_checkpointing="on")
     )
     with policy.training() as model:
         assert model.training
@@ -187,7 +187,7 @@ def test_dropout_of_the_architecture_is_silent_in_training_too():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    plain, checkpointed = tiny_policy(adapter=0.1), tiny_policy(adapter=0.1, gradient_checkpointing=True)
+    plain, checkpointed = tiny_policy(adapter=0.1), tiny_policy(adapter=0.1, gradient_checkpointing="on")
     for policy in (plain, checkpointed):
         assert Learner(policy, policy.config).update(random_groups(0)).grad_norm > 0
     assert same(plain.state(), checkpointed.state())

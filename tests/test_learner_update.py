@@ -110,7 +110,7 @@ def slopes_at_positions(groups: list[Group], monkeypatch) -> tuple[torch.Tensor,
 
     monkeypatch.setattr(decoder, "forward", keep)
     who.update(groups)
-    real = torch.zeros(kept[0].shape[:2], dtype=torch.bool)
+    real = torch.zeros(kept[-1].shape[:2], dtype=torch.bool)
     rollouts = [r for g in groups for r in g.rollouts]
     longest_first = sorted(rollouts, key=lambda r: -sum(len(t.context + t.tokens) for t in r.turns))
     for row, r in enumerate(longest_first):
@@ -119,7 +119,7 @@ def slopes_at_positions(groups: list[Group], monkeypatch) -> tuple[torch.Tensor,
             at += len(turn.context)
             real[row, at - 1 : at - 1 + len(turn.tokens)] = True
             at += len(turn.tokens)
-    return kept[0].grad.abs().sum(-1), real
+    return kept[-1].grad.abs().sum(-1), real
 
 
 def test_positions_that_predict_no_sampled_token_have_exactly_zero_gradient(monkeypatch):

@@ -134,12 +134,12 @@ class Packed:
         path, of_queries, of_keys, asked_most, seen_most = self._spans
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)     # [T, H, D]
         if len(path) > len(k):
-            k, v = (_Take.apply(x.flatten(1), path).view(len(path), *x.shape[1:]) for x in (k, v))
-        out = varlen_attn(
+            k, v = (_Take.apply(x.flatten(1), path).unflatten(1, x.shape[1:]) for x in (k, v))
+        out: Any = varlen_attn(
             q.contiguous(), k.contiguous(), v.contiguous(), of_queries, of_keys, asked_most, seen_most, scale=scale,
             window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out[None]
+        return out.unsqueeze(0)
 
 
 def install(causal: Any) -> str | None:

@@ -72,8 +72,8 @@ class Policy:
         self._merged: nn.Module | None = None
         self._targets: list[tuple[Any, nn.Parameter]] = []
         self._merged_state: tuple[int, int] | None = None
-        if config.gradient_checkpointing:
-            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.checkpointing = False
+        self.checkpoint(config.gradient_checkpointing == "on")
 
     @classmethod
     def load(cls, model_config: ModelConfig, learner_config: LearnerConfig, seed: int = 0) -> Policy:
@@ -115,11 +115,25 @@ class Policy:
     def training(self) -> Iterator[Any]:
         """The turn in which weights change; yields `model`, set up for gradients."""
         with self._turn("training"):
-            self.model.train(self.config.gradient_checkpointing)   # checkpointing acts in train mode only
+            self.model.train(self.checkpointing)
             try:
                 yield self.model
             finally:
                 self.model.eval()
+
+    def checkpoint(self, on: bool) -> None:
+        """Switch gradient checkpointing. Raises EsplError where the architecture has none."""
+        if on == self.checkpointing:
+            return
+        if not self.causal.supports_gradient_checkpointing:
+            raise EsplError("learner.gradient_checkpointing is 'on', but the architecture of this model has none")
+        if on:
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.causal.gradient_checkpointing_disable()
+        self.checkpointing = on
+        if self._turns["training"]:
+            self.model.train(on)                 # it acts in train mode only
 
     @contextmanager
     def sampling_weights(self, version: int | None) -> Iterator[Any]:

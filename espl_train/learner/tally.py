@@ -32,7 +32,9 @@ class UpdateReport:
     mismatch_max: float = 0.0
     corrected: float = 0.0        # share of tokens that passed a bound of the correction
     effective: float = 1.0        # share of tokens left effective by their importance weights w: (Σw)² / (K·Σw²)
+    computed: int = 0             # ids that went through the model, contexts and padding included
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()   # what a person should hear: layouts, memory
 
 
 @dataclass(slots=True)
@@ -62,7 +64,9 @@ class Tally:
         self.sums["weight_squared"] += float(corrected.weights.double().square().sum())
         self.peaks["mismatch"] = max(self.peaks.get("mismatch", 0.0), float(gap.max()))
 
-    def report(self, version: int, *, grad_norm: float, rate: float, seconds: float) -> UpdateReport:
+    def report(
+        self, version: int, *, grad_norm: float, rate: float, seconds: float, notes: tuple[str, ...] = ()
+    ) -> UpdateReport:
         """The report of an update that was stepped."""
         sums, tokens = self.sums, self.sums["tokens"]
         return UpdateReport(
@@ -83,5 +87,7 @@ class Tally:
             mismatch_max=self.peaks["mismatch"],
             corrected=sums["corrected"] / tokens,
             effective=sums["weight"] ** 2 / (tokens * sums["weight_squared"]) if sums["weight_squared"] else 0.0,
+            computed=int(sums["computed"]),
             seconds=seconds,
+            notes=notes,
         )

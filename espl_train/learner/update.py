@@ -11,13 +11,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from espl_train.config import LearnerConfig
-from espl_train.learner import attention, corrections, schedules
+from espl_train.learner import attention, corrections, memory, schedules
 from espl_train.learner.advantages import BASELINES
 from espl_train.learner.logprobs import check_head, token_logprobs
 from espl_train.learner.losses import LOSSES, NORMALISATIONS, PENALTIES, LossInputs, divergence
@@ -56,6 +57,7 @@ class Learner:
         unpacked = attention.prove(policy.causal)
         width = policy.causal.config.get_text_config().hidden_size
         self.limits = Limits(config.micro_batch_tokens, width, packed=unpacked is None)
+        self._appetite: memory.Appetite | None = None
         self._notes = [f"{policy.name or 'the model'} is trained on padded rows: {unpacked}"] if unpacked else []
         self.steps = 0
         self.skipped: Counter[str] = Counter()
@@ -71,10 +73,9 @@ class Learner:
         batches = self._micro_batches(groups)
         if not batches:
             return self._skip(NO_CONTRAST, start)
-        tally = Tally()
         with self.policy.training(), torch.enable_grad():
-            for batch in batches:
-                self._accumulate(batch.to(self.policy.device), tally)
+            while (tally := self._gradient(batches)) is None:
+                batches = self._micro_batches(groups)
             norm = self._gradient_norm()
             if not math.isfinite(norm):
                 self._forget_gradients()
@@ -82,7 +83,8 @@ class Learner:
             rate = self._rate()
             self._step(rate)
         version = self.policy.advance()
-        return tally.report(version, grad_norm=norm, rate=rate, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return tally.report(version, grad_norm=norm, rate=rate, seconds=seconds, notes=self._heard())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-identical continuation needs, the trained weights included, on the CPU."""
@@ -112,6 +114,45 @@ class Learner:
         config = self.config
         return pack(training_sequences(groups, config.normalise, config.normalise_constant), self.limits)
 
+    def _gradient(self, batches: Sequence[MicroBatch]) -> Tally | None:
+        """The gradient of the whole update; None where memory ran out and the next attempt will need less."""
+        tally = Tally()
+        self._checkpoint_where_needed(max(batch.size for batch in batches))
+        for batch in batches:
+            try:
+                with memory.watched():
+                    self._accumulate(batch.to(self.policy.device), tally)
+            except memory.OutOfMemory as error:
+                self._forget_gradients()
+                self._need_less(batch, error)
+                return None
+        return tally
+
+    def _checkpoint_where_needed(self, ids: int) -> None:
+        """Decide for gradient checkpointing where the largest micro-batch would not fit without."""
+        if self.config.gradient_checkpointing != "auto" or self.policy.checkpointing:
+            return
+        if self._appetite is None:
+            self._appetite = memory.appetite(self.policy.causal)
+        need, there = self._appetite.need(ids, checkpointing=False), memory.free(self.policy.device)
+        if need > memory.USABLE * there and self.policy.causal.supports_gradient_checkpointing:
+            self.policy.checkpoint(True)
+            self._notes.append(f"gradient checkpointing from now on: {memory.compared(need, there, ids)}")
+
+    def _need_less(self, batch: MicroBatch, error: memory.OutOfMemory) -> None:
+        """Checkpointing where it may be chosen, then smaller micro-batches: the gradient stays the same. Raises EsplError
+        when there is no more to be done.
+        """
+        if self.config.gradient_checkpointing == "auto" and not self.policy.checkpointing:
+            self.policy.checkpoint(True)
+            change = "gradient checkpointing"
+        elif batch.sequences > 1:
+            self.limits = replace(self.limits, tokens=max(1, batch.size // 2))
+            change = f"learner.micro_batch_tokens = {self.limits.tokens}"
+        else:
+            raise memory.explained(error, self.policy.device, batch.size, self.policy.checkpointing) from error
+        self._notes.append(f"memory ran out with a micro-batch of {batch.size} ids: {change} from now on")
+
     def _accumulate(self, batch: MicroBatch, tally: Tally) -> None:
         """Add one micro-batch's share to the gradient and to the tally."""
         reference = self._reference(batch) if self.config.kl else None
@@ -121,6 +162,7 @@ class Learner:
         loss = outputs.loss if reference is None else outputs.loss + self._penalty(corrected.inputs, reference, tally)
         loss.backward()
         tally.add(inputs, outputs, loss, entropy, batch.sequences)
+        tally.sums["computed"] += batch.size
         tally.disagreement(inputs, corrected)
 
     def _loss_inputs(self, batch: MicroBatch) -> tuple[LossInputs, Tensor]:
@@ -170,7 +212,11 @@ class Learner:
 
     def _skip(self, reason: str, start: float) -> UpdateReport:
         self.skipped[reason] += 1
-        return UpdateReport(self.policy.version, reason, seconds=time.perf_counter() - start)
+        return UpdateReport(self.policy.version, reason, seconds=time.perf_counter() - start, notes=self._heard())
+
+    def _heard(self) -> tuple[str, ...]:
+        notes, self._notes = tuple(self._notes), []
+        return notes
 
 
 def _on_cpu(state: Any) -> Any:
