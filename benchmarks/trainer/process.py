@@ -96,6 +96,14 @@ class Side:
             raise SystemExit(f"a side ended with exit code {self._process.exitcode}; its words are above") from None
 
 
+def told(pipe: Connection) -> object:
+    """What the parent says next; "end" where it is gone."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "end"
+
+
 def in_process(function: Callable[[Work], Any], work: Work) -> Any:
     """Call it in a fresh process, so that nothing of it stays."""
     os.environ["OMP_NUM_THREADS"] = str(work.threads)

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.trainer.process import Meter
+from benchmarks.trainer.process import Meter, told
 from benchmarks.trainer.work import ENV, Work, conversations, reward
 from espl_train.records import Rollout
 
+NEVER = 2**31 - 1   # ends a sequence, and is no token
 CONTEXT = 2048      # tokens of the longest sequence: what engines reserve memory for
 
 
@@ -26,7 +27,7 @@ def ours(work: Work, pipe: Connection) -> None:
     with our_trainer(work) as trainer:
         meter = Meter(work.device)
         pipe.send("ready")
-        while pipe.recv() == "step":
+        while told(pipe) == "step":
             meter.start()
             done = trainer.iterate()
             assert done.update is not None and done.update.skipped is None
@@ -84,7 +85,7 @@ def trl(work: Work, pipe: Connection) -> None:
             self.wait(control)
 
         def wait(self, control: Any) -> None:
-            if pipe.recv() == "step":
+            if told(pipe) == "step":
                 meter.start()
             else:
                 control.should_training_stop = True
@@ -132,10 +133,10 @@ def trl_trainer(work: Work, rewards: Callable[..., list[float]], **options: Any)
     torch.set_num_threads(work.threads)
     prompts = [[m.to_openai() for m in c] for c in conversations(system_prompt(work), work.vocabulary)]
     lora = LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.dtype))
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.dtype)), rewards,
-            GRPOConfig(folder, **_same_work(work), **_spared(work)),
+            model, rewards, GRPOConfig(folder, **_same_work(work), **_spared(work)),
             train_dataset=Dataset.from_dict({"prompt": prompts}), peft_config=lora,
             processing_class=AutoTokenizer.from_pretrained(work.model), **options,
         )
@@ -166,8 +167,7 @@ def _spared(work: Work) -> dict[str, Any]:
     return {
         "gradient_checkpointing": False,                   # on by default: a second forward pass
         "bf16": work.dtype == "bfloat16",                  # on by default: autocast, slow on most CPUs
-        # no search for an end of sequence after every token
-        "generation_kwargs": {"ignore_eos": True} if work.vllm else {"eos_token_id": None},
+        "generation_kwargs": {"ignore_eos": True} if work.vllm else {"eos_token_id": NEVER},
         "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
         "dataloader_pin_memory": False, **(vllm if work.vllm else {}),
     }
