@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from espl_envs.core.errors import EsplError
 
-CHUNK_ELEMENTS = 2**25      # logits that exist at once: 128 MiB in fp32
+CHUNK = {"cpu": 2**20, "cuda": 2**26}      # logits that exist at once, twice over: 4 and 256 MiB in fp32
+FEWEST = 64                                # rows of a chunk at least: fewer would read the head's weights in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,9 @@ class Head:
     cap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[k, H] to [k, V] in fp32; the product itself in the model's dtype, as the model does it."""
-        out = nn.functional.linear(hidden, self.weight, self.bias).float()
+        """[k, H] to [k, V] in fp32 at least; the product itself in the model's dtype, as the model does it."""
+        out = nn.functional.linear(hidden, self.weight, self.bias)
+        out = out.to(_wide(out.dtype))
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.cap is None else torch.tanh(out / self.cap) * self.cap
@@ -87,7 +89,7 @@ def chunked_logprobs(
     head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """hidden [K, H] and targets [K] to log-probabilities and entropies, [K] each; `chunk` rows at a time."""
-    rows = chunk or max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    rows = chunk or max(FEWEST, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // head.weight.shape[0])
     logp, entropy = _Chunked.apply(hidden, head.weight, head.bias, targets, head, temperature, rows)
     return logp, entropy
 
@@ -114,17 +116,19 @@ class _Chunked(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         head = replace(head, weight=weight, bias=bias)
-        logp = hidden.new_empty(len(hidden), dtype=torch.float32)                # [K]
+        logp = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))          # [K]
         entropy = torch.empty_like(logp)                                         # [K]
         unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None     # [K, H] d logp / d hidden
         for part in _parts(len(hidden), rows):
             logits = head.logits(hidden[part])                                   # [k, V]
-            table = torch.log_softmax(logits / temperature, 1)                   # [k, V]
-            chances = table.exp()
+            slope = head.slope(logits)
+            table = torch.log_softmax(logits.div_(temperature), 1)               # [k, V]
             logp[part] = table.gather(1, targets[part, None])[:, 0]
-            entropy[part] = -(table * chances).sum(1)
+            chances = torch.exp(table, out=logits)
+            entropy[part] = -torch.bmm(table[:, None], chances[:, :, None])[:, 0, 0]
+            del table
             if unit is not None:
-                unit[part] = _by_product(head, logits, chances, targets[part], temperature).to(weight.dtype) @ weight
+                unit[part] = _by_product(chances, slope, targets[part], temperature).to(weight.dtype) @ weight
         ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(hidden, targets, unit)
         ctx.settings = head, temperature, rows
@@ -135,14 +139,16 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, unit = ctx.saved_tensors
         head, temperature, rows = ctx.settings
-        by_weight = torch.zeros_like(head.weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        by_bias = torch.zeros_like(head.bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        wide = _wide(head.weight.dtype)
+        by_weight = torch.zeros_like(head.weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        by_bias = torch.zeros_like(head.bias, dtype=wide) if ctx.needs_input_grad[2] else None
         for part in _parts(len(hidden) if by_weight is not None or by_bias is not None else 0, rows):
             logits = head.logits(hidden[part])                                   # [k, V]
-            chances = torch.softmax(logits / temperature, 1)
-            by_product = _by_product(head, logits, chances, targets[part], temperature) * grad[part, None]
+            slope = head.slope(logits)
+            chances = torch.softmax(logits.div_(temperature), 1)
+            by_product = _by_product(chances, slope, targets[part], temperature).mul_(grad[part, None])
             if by_weight is not None:
-                by_weight += (by_product.to(hidden.dtype).T @ hidden[part]).float()
+                by_weight += by_product.to(hidden.dtype).T @ hidden[part]
             if by_bias is not None:
                 by_bias += by_product.sum(0)
         by_hidden = None if unit is None else (unit * grad[:, None]).to(hidden.dtype)
@@ -154,10 +160,15 @@ class _Chunked(torch.autograd.Function):
         )
 
 
-def _by_product(head: Head, logits: Tensor, chances: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """d logp / d (h Wᵀ + b): (one-hot - chances) / T, through scale and cap. [k, V]"""
-    hits = torch.zeros_like(chances).scatter_(1, targets[:, None], 1.0)
-    return (hits - chances) * head.slope(logits) / temperature
+def _by_product(chances: Tensor, slope: Tensor | float, targets: Tensor, temperature: float) -> Tensor:
+    """d logp / d (h Wᵀ + b): (one-hot - chances) / T, through scale and cap; in the place of `chances`. [k, V]"""
+    out = chances.neg_()
+    out.scatter_add_(1, targets[:, None], out.new_ones(len(out), 1))
+    return out.mul_(slope).div_(temperature)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _parts(count: int, rows: int) -> Iterator[slice]:
