@@ -92,9 +92,9 @@ class Agent(Protocol):
 class Door(Protocol):
     """A way to an agent, known before anything is started.
 
-    config: what config.json says about the agent. tool_syntax: how tools are offered unless the user says otherwise.
-    concurrency: episodes at once unless the user says otherwise. system_prompts: what the agent brings along (the chosen
-    prompt of a training run); empty for the environments' own.
+    config: what config.json says about the agent. tool_syntax: how tools are offered, and concurrency: episodes at
+    once, unless the user says otherwise. system_prompts: what the agent brings along (the chosen prompt of a training
+    run); empty for the environments' own.
     """
 
     config: AgentConfig

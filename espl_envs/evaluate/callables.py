@@ -134,7 +134,7 @@ def load(path: str) -> Any:
 
 def _module(name: str, path: str) -> Any:
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))        # last: a json.py here must not become everybody's json
     try:
         if not name.endswith(".py"):
             return importlib.import_module(name)

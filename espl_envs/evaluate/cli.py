@@ -29,7 +29,7 @@ from typing import Any
 import gymnasium.error
 
 from espl_envs.core import background
-from espl_envs.core.errors import EsplError
+from espl_envs.core.errors import EsplError, MissingExtra
 from espl_envs.evaluate import doors, options, plan
 from espl_envs.evaluate.agents import Agent, Door
 from espl_envs.evaluate.config import EvalConfig
@@ -126,8 +126,7 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
 
 
 def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:
-    from espl_envs.evaluate import report  # noqa: F401 - without jinja2 this ends now, not after the last episode
-
+    _packages()
     prepared = _prepare(chosen, words)
     early = ""
     try:
@@ -144,6 +143,15 @@ def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:
     if early:
         return _complain(f"stopped early: {early}\n{prepared.standing()}", EARLY)
     return code
+
+
+def _packages() -> None:
+    """What the report needs is missed now, not after the last episode. Raises MissingExtra."""
+    try:
+        import jinja2  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError:
+        raise MissingExtra("eval", "espl-eval") from None
 
 
 async def _session(prepared: _Evaluation) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from espl_envs.core.errors import EsplError
 from espl_envs.evaluate import builtin
@@ -37,7 +37,8 @@ class Wanted:
     @property
     def limits(self) -> Limits:
         """Of requests to a server."""
-        return Limits(self.timeout, self.retry, self.concurrency or Limits.concurrency)
+        limits = Limits(self.timeout, self.retry)
+        return limits if self.concurrency is None else replace(limits, concurrency=self.concurrency)
 
 
 def choose(wanted: Wanted) -> Door:
