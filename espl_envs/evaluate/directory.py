@@ -131,6 +131,13 @@ class RunDirectory:
                     episode = Episode.from_json(file.read(place.size))
                     yield episode if transcripts else replace(episode, messages=())
 
+    def episode(self, key: EpisodeKey) -> Episode:
+        """The last record of one key. Raises KeyError where there is none."""
+        place = self._index[key]
+        with (self.path / EPISODES).open("rb") as file:
+            file.seek(place.start)
+            return Episode.from_json(file.read(place.size))
+
     def missing(self, keys: Iterable[EpisodeKey] | None = None) -> list[EpisodeKey]:
         """Those of `keys` (by default all of the configuration) that are not there, or are faults."""
         places = ((key, self._index.get(key)) for key in (self.config.keys() if keys is None else keys))

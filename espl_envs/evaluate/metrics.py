@@ -162,13 +162,14 @@ def within_budget(unit: str, budget: int, samples: Samples) -> float:
     return math.fsum(sample.score for sample in samples if getattr(sample, unit) <= budget) / len(samples)
 
 
-def budget_grid(most: int, points: int = 24) -> list[int]:
-    """Budgets from where something may fit to where everything does: all up to a few, then 1-2-5 steps."""
-    if most <= points:
+def budget_grid(least: int, most: int) -> list[int]:
+    """Budgets from where the first sample fits in to where all do: every number of a few, else round ones."""
+    if most <= 24:
         return list(range(most + 1))
-    steps = [mantissa * 10**power for power in range(len(str(most)) + 1) for mantissa in (1, 2, 5)]
-    reached = next(step for step in steps if step >= most)
-    return [step for step in steps if step <= reached][-points:]
+    steps = [mantissa * 10**power // 10 for power in range(len(str(most)) + 1) for mantissa in (10, 15, 20, 30, 50, 70)]
+    first = max((step for step in steps if step <= least), default=0)
+    last = min(step for step in steps if step >= most)
+    return sorted({step for step in steps if first <= step <= last})
 
 
 def sizes_of_k(k: int) -> list[int]:

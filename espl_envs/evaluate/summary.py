@@ -185,7 +185,7 @@ def _scores(part: _Part, k: int, prompts: int) -> dict[str, Any]:
     samples, sizes = part.samples, sizes_of_k(k)
     scale = scale_of([sample.score for sample in samples])
     spent = {unit: [getattr(sample, unit) for sample in samples] for unit in BUDGETS}
-    grids = {unit: budget_grid(max(values)) for unit, values in spent.items() if None not in values}
+    grids = {unit: budget_grid(min(values), max(values)) for unit, values in spent.items() if None not in values}
     worth: dict[Name, Column] = {("mean", 0): mean_score}
     worth |= {("maj@k", size): partial(majority, size) for size in sizes}
     worth |= {(unit, b): partial(within_budget, unit, b) for unit, grid in grids.items() for b in grid}

@@ -40,8 +40,8 @@ def summary_table(summary: Summary) -> Any:
         rates = env.get("rates")
         table.add_row(
             one_line(f"{env['id']} ({env['split']})", 60), interval(env),
-            *(_share(env.get("pass@k", {}).get(k)) for k in _ks(data)),
-            *(_share(rates and rates[name]) for name in ("no_answer", "truncated", "agent_error")),
+            *(share(env.get("pass@k", {}).get(k)) for k in _ks(data)),
+            *(share(rates and rates[name]) for name in ("no_answer", "truncated", "agent_error")),
             _masked(env["episodes"]) or "0",
         )  # fmt: skip
     usage = data["usage"]
@@ -128,9 +128,14 @@ def interval(values: Mapping[str, Any]) -> str:
     return f"{values['mean']:.3f}{around}"
 
 
+def share(values: Mapping[str, Any] | None) -> str:
+    """The mean alone."""
+    return "—" if not values or values["mean"] is None else f"{values['mean']:.3f}"
+
+
 def money(amount: float, currency: str) -> str:
     """An amount with so many digits that it says something."""
-    return f"{amount:,.2f} {currency}" if amount >= 1 or amount == 0 else f"{amount:.2g} {currency}"
+    return f"{amount:,.2f} {currency}" if amount >= 0.1 or amount == 0 else f"{amount:.2g} {currency}"
 
 
 def _scope(data: Mapping[str, Any]) -> str:
@@ -147,10 +152,6 @@ def _masked(episodes: Mapping[str, int]) -> str:
 def _ks(data: Mapping[str, Any]) -> list[str]:
     """The k of the columns: the largest one; 1 is the mean."""
     return [str(data["k"])] if data["k"] > 1 else []
-
-
-def _share(values: Mapping[str, Any] | None) -> str:
-    return "—" if not values or values["mean"] is None else f"{values['mean']:.3f}"
 
 
 def _table(*columns: str) -> Any:
