@@ -125,22 +125,24 @@ class Trainer:
         """
         rollout, learner = self.config.rollout, self.config.learner
         groups: list[Group] = []
+        played: list[Rollout] = []
         mixed: set[int] = set()
         rounds, indices = 0, self.deck.batch(rollout.problems)
         while indices:
-            rollouts = self._play(self.sets.train, players, indices, rollout.temperature, "rollouts")
-            groups += assign(grouped(rollouts), learner.baseline, learner.divide_by_std, self.shaping)
+            name = f"rollouts, round {rounds + 1}" if rounds else "rollouts"
+            found = self._play(self.sets.train, players, indices, rollout.temperature, name, earlier=played)
+            played += found
+            groups += assign(grouped(found), learner.baseline, learner.divide_by_std, self.shaping)
             mixed |= {group.task for group in groups if group.contrast}
             rounds += 1
             indices = self.deck.more(rollout.problems - len(mixed)) if rounds <= rollout.dynamic_rounds else []
-        played = len({group.task for group in groups})
-        counts = {"dynamic/rounds": rounds, "dynamic/problems": played, "dynamic/contrast": len(mixed)}
-        shaped = self.shaping.metrics([r for group in groups for r in group.rollouts])
-        return groups, {**(counts if rollout.dynamic_rounds else {}), **shaped}
+        problems = len({group.task for group in groups})
+        counts = {"dynamic/rounds": rounds, "dynamic/problems": problems, "dynamic/contrast": len(mixed)}
+        return groups, {**(counts if rollout.dynamic_rounds else {}), **self.shaping.metrics(played)}
 
     def _play(
         self, problems: Problems, players: Mapping[str, int], indices: Sequence[int], temperature: float, name: str,
-        base: bool = False,
+        base: bool = False, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
         """Every player on every problem, as often as `players` says, all concurrently."""
         self.engine.load_policy(self.policy.version)
@@ -152,7 +154,9 @@ class Trainer:
         ]
         self.console.phase(name, len(jobs))
         policy = None if base else self.policy.version
-        return self.collectors[problems.part].collect(jobs, policy, temperature, self.console.progress)
+        return self.collectors[problems.part].collect(
+            jobs, policy, temperature, self.console.progress, earlier=earlier
+        )
 
     def _breed(self, groups: Sequence[Group], completer: EngineCompleter) -> BreedingReport:
         self.console.phase("reflection")

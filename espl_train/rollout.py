@@ -63,6 +63,7 @@ class _Batch:
     temperature: float
     top_p: float
     progress: Progress | None
+    earlier: Sequence[Rollout]
     results: dict[int, Rollout] = field(default_factory=dict)
     tokens: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -82,23 +83,24 @@ class Collector:
 
     def collect(
         self, jobs: Sequence[Job], policy: int | None, temperature: float | None = None,
-        progress: Progress | None = None, top_p: float | None = None,
+        progress: Progress | None = None, top_p: float | None = None, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
         """Play all `jobs`; the rollouts come in their order. Blocks; `acollect` is the asynchronous form.
 
         `policy` None is the base model. An interrupt ends every episode and closes its environment before it is
-        raised. Raises EsplError where too many episodes fail.
+        raised. Raises EsplError where too many episodes fail, those of the same step that were played `earlier`
+        included.
         """
-        return _run(self.acollect(jobs, policy, temperature, progress, top_p))
+        return _run(self.acollect(jobs, policy, temperature, progress, top_p, earlier))
 
     async def acollect(
         self, jobs: Sequence[Job], policy: int | None, temperature: float | None = None,
-        progress: Progress | None = None, top_p: float | None = None,
+        progress: Progress | None = None, top_p: float | None = None, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
         """See `collect`."""
         batch = _Batch(
             jobs, policy, self.config.temperature if temperature is None else temperature,
-            self.config.top_p if top_p is None else top_p, progress,
+            self.config.top_p if top_p is None else top_p, progress, earlier,
         )
         queue = iter(enumerate(jobs))
         try:
@@ -133,7 +135,8 @@ class Collector:
         if not rollout.faulted:
             return
         batch.faults[str(rollout.info.get("error", f"rollout.deadline_s = {self.config.deadline_s:g} ran out"))] += 1
-        count, total = batch.faults.total(), len(batch.jobs)
+        count = batch.faults.total() + sum(r.faulted for r in batch.earlier)
+        total = len(batch.jobs) + len(batch.earlier)
         if count > self.config.max_fault_fraction * total:
             reason, times = batch.faults.most_common(1)[0]
             raise EsplError(

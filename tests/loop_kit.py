@@ -87,9 +87,9 @@ def deal(monkeypatch: pytest.MonkeyPatch, reward: Reward = by_turns) -> Theatre:
 
     def collect(
         self: Collector, jobs: Sequence[Job], policy: int | None, temperature: float | None = None,
-        progress: object = None, top_p: float | None = None,
+        progress: object = None, top_p: float | None = None, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
-        del progress, top_p
+        del progress, top_p, earlier
         split = str(self._make_env().unwrapped.split)
         rollouts = [dealt(job, reward(job.key, policy), policy) for job in jobs]
         theatre.journal.append(f"play {split}")

@@ -229,6 +229,17 @@ def test_a_fault_that_the_environment_only_notes_counts_as_one() -> None:
     assert played.collect(jobs(2), policy=0)[0].faulted
 
 
+def test_faults_are_counted_over_all_rounds_of_a_step() -> None:
+    """A late round may be small: one fault in eight episodes says nothing, three in twenty-eight do."""
+    played, _ = collector(lambda r: EngineError("lost") if task_of(r) == 7 else "\\boxed{0}", retries=0)
+    with pytest.raises(EsplError, match="1 of 8 episodes"):
+        played.collect(jobs(8), policy=0)
+    earlier = played.collect(jobs(20), policy=0)
+    assert sum(r.faulted for r in [*earlier, *played.collect(jobs(8), policy=0, earlier=earlier)]) == 2
+    with pytest.raises(EsplError, match="3 of 28 episodes"):
+        played.collect(jobs(8), policy=0, earlier=[*earlier[:6], *earlier[7:8] * 2, *earlier[8:20]])
+
+
 def test_too_many_faults_stop_the_step_with_a_summary() -> None:
     played, engine = collector(EngineError("GPU fell off"), retries=1)
     with pytest.raises(EsplError, match=r"3 of 20 episodes have no reward.*GPU fell off"):
