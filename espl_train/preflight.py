@@ -108,10 +108,13 @@ def _work(config: Config) -> Iterator[tuple[str, str]]:
     shape = f"{rollout.prompts} prompts x {rollout.problems} problems x {rollout.samples} samples"
     if config.mode == "rl":
         shape = f"the root prompt x {rollout.problems} problems x {rollout.prompts * rollout.samples} samples"
+    rounds = 1 + rollout.dynamic_rounds
     yield "mode", config.mode
     yield "each step", f"{per_step:,} rollouts: {shape}, at most {per_step * rollout.max_total_tokens:,} sampled tokens"
-    rollouts = steps * per_step
-    yield "all", f"{steps:,} steps, {rollouts:,} rollouts, at most {rollouts * rollout.max_total_tokens:,} tokens"
+    if rounds > 1:
+        yield "", f"up to {rounds} rounds, each for the problems that had no contrast before"
+    rollouts, most = steps * per_step * rounds, "at most " if rounds > 1 else ""
+    yield "all", f"{steps:,} steps, {most}{rollouts:,} rollouts, at most {rollouts * rollout.max_total_tokens:,} tokens"
     validations = 2 + (math.ceil(steps / config.evaluation.every) - 1 if config.evaluation.every else 0)
     most = config.evaluation.problems
     yield "validation", f"{validations} times, at most {most} problems; the test split once, at the end"
