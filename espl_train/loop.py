@@ -17,7 +17,7 @@ from espl_train import report
 from espl_train.chat import Chat
 from espl_train.completion import EngineCompleter
 from espl_train.config import Config
-from espl_train.engines.local import LocalEngine
+from espl_train.engines.choice import engine_for
 from espl_train.evaluation import Evaluation, metrics
 from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.population import Population
@@ -49,7 +49,7 @@ class Trainer:
         self.boxes = Boxes(config.sandbox, wanted(problems.env for problems in parts))
         self.policy = Policy.load(config.model, config.learner, config.seed)
         self.learner = Learner(self.policy, config.learner, config.rollout.temperature, updates=config.steps)
-        self.engine = LocalEngine(self.policy, config.engine)
+        self.engine = engine_for(config, self.policy)
         self.chat = Chat(self.policy.tokenizer)
         self.shaping = Shaping(config.learner, config.rollout, frozenset(self.chat.stop_ids))
         self.deck = Deck(self.sets.train, config.seed)

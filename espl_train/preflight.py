@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from espl_envs.core.errors import EsplError
@@ -75,9 +74,10 @@ def _boxes(config: Config, sets: ProblemSets, dry: bool) -> Iterator[tuple[str, 
 def _model(config: Config) -> Iterator[tuple[str, str]]:
     from transformers import AutoConfig
 
+    from espl_train.engines import choice
     from espl_train.evolution.templates import TemplateSet
     from espl_train.learner.advantages import BASELINES
-    from espl_train.learner.loading import context_length, load_tokenizer, locate, pick_device
+    from espl_train.learner.loading import load_tokenizer, locate, pick_device
     from espl_train.learner.losses import LOSSES, NORMALISATIONS
     from espl_train.learner.naming import choose
 
@@ -87,7 +87,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     device = pick_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     settings = AutoConfig.from_pretrained(locate(config.model.path), revision=config.model.revision)
-    room = context_length(SimpleNamespace(config=settings))
+    engine, room = choice.inspect(config, settings), choice.context_of(config, settings)
     if config.rollout.max_new_tokens >= room:
         raise EsplError(
             f"rollout.max_new_tokens is {config.rollout.max_new_tokens}, but {config.model.path} reads {room} tokens "
@@ -96,6 +96,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     kind = getattr(settings, "model_type", "unknown")
     yield "model", f"{config.model.path} ({kind}, {config.model.dtype}, {device})"
     yield "tokens", f"a vocabulary of {len(tokenizer):,}, a context of {room:,}"
+    yield "engine", engine
     templates = config.model.templates or str(getattr(settings, "espl_templates", "english"))
     yield "templates", f"{templates}: {TemplateSet.load(templates).description}".rstrip(": ")
     trained = {"lora": f"LoRA of rank {config.learner.rank}", "full": "all weights"}[config.learner.mode]

@@ -1,6 +1,6 @@
 """Shared fixtures: where the real task data lies, a Docker daemon with our images, a fixed environment for every test.
 
-What a machine lacks is a skip with a reason; named in ESPL_REQUIRE (comma-separated: data, docker) it is a failure.
+What a machine lacks is a skip with a reason; named in ESPL_REQUIRE (comma-separated: data, docker, vllm), a failure.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import os
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,6 +60,18 @@ def tables_anew() -> Iterator[None]:
     forget_tables()
     yield
     forget_tables()
+
+
+@pytest.fixture(scope="session")
+def shared_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """vLLM over a tiny model, see `vllm_kit.Shared`."""
+    if find_spec("vllm") is None:
+        lacking("vllm", "vLLM is not installed here: `make vllm` sets up an environment that has it")
+    import vllm_kit
+
+    shared = vllm_kit.Shared(tmp_path_factory.mktemp("vllm") / "model")
+    yield shared
+    shared.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What every engine must keep, named by the promise. To test another engine, add its factory to `WORLDS`."""
+"""What every engine must keep, named by the promise. To test another engine, add its world to the fixture `world`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ WORLDS: dict[str, Callable[[], World]] = {
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=WORLDS)
+@pytest.fixture(params=[*WORLDS, pytest.param("vllm", marks=pytest.mark.vllm)])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    if request.param == "vllm":
+        yield request.getfixturevalue("shared_vllm").world()
+        return
     made = WORLDS[request.param]()
     yield made
     made.engine.close()

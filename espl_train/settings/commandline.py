@@ -24,7 +24,7 @@ from espl_train.settings.options import (
     sections,
 )
 
-SHORT = {"env": "env.id", "model": "model.path", "test-env": "env.test_id"}
+SHORT = {"env": "env.id", "model": "model.path", "engine": "engine.kind", "test-env": "env.test_id"}
 VALUES = ("config", "preset", "resume")
 TOOLS = "env.args.tools"
 FLAGS = ("dry-run", "quiet", "help", "version")
@@ -44,6 +44,7 @@ COMMAND_OPTIONS = (
     ("--tools NAME,…", "tools of the environment, as in --tools python (env.args.tools); may be given several times"),
     ("--test-env ID", "environment of the final test (env.test_id)"),
     ("--model PATH", "'micro', a folder or a hub id (model.path)"),
+    ("--engine NAME", "who samples: local or vllm (engine.kind)"),
     ("--preset NAME", "settings by name, see below; may be given several times"),
     ("--config FILE", "a TOML file; wins over presets, loses to the command line"),
     ("--resume RUN", "continue the run in this directory, with its own settings"),

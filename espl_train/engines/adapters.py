@@ -1,0 +1,123 @@
+"""Adapters on their way from the learner to a sampler that reads files: one directory per publication, never reused.
+
+A directory is written aside, fsynced and renamed, so that whoever finds it finds all of it. Names and ids are never
+given twice: samplers compare adapters by name, and one that knew the name already would go on serving what it has.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX = "espl-adapters-"
+MEMORY = Path("/dev/shm")
+LOCK = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One published set of weights. `id` counts publications from 1; `version` is the learner's."""
+
+    version: int
+    id: int
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+class AdapterStore:
+    """The directories of one engine, below `root` (default: in memory where there is room for a few adapters of `size`
+    bytes, else where temporary files go). They go with the engine; what a killed one left is removed by the next.
+    """
+
+    def __init__(self, root: Path | None = None, size: int = 0) -> None:
+        root = root or _fastest(size)
+        _sweep(root)
+        self.folder, lock = _new(root)
+        self._count = 0
+        self._close = weakref.finalize(self, _remove, self.folder, lock)
+
+    def publish(self, version: int, save: Callable[[Path], None]) -> Adapter:
+        """`save(folder)` writes the files; returns the adapter once all of it is there under its own new name."""
+        self._count += 1
+        final = self.folder / f"policy-{version:06d}-{self._count:06d}"
+        aside = self.folder / f".{final.name}"
+        try:
+            aside.mkdir()
+            save(aside)
+            for path in (*aside.rglob("*"), aside):
+                _sync(path)
+            aside.rename(final)
+            _sync(self.folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return Adapter(version, self._count, final)
+
+    def keep(self, *adapters: Adapter) -> None:
+        """Remove every directory but those of `adapters`."""
+        names = {LOCK, *(adapter.name for adapter in adapters)}
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove everything. May be repeated."""
+        self._close()
+
+
+def _fastest(size: int) -> Path:
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4 * size:
+        return MEMORY
+    return Path(tempfile.gettempdir())
+
+
+def _new(root: Path) -> tuple[Path, int]:
+    """A folder with its lock held; a sweep that took it for a dead one's in between is answered with another."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+        try:
+            return folder, _locked(folder, os.O_CREAT)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+
+
+def _sweep(root: Path) -> None:
+    """Remove directories whose engine is gone: its lock died with it."""
+    for folder in root.glob(f"{PREFIX}*"):
+        try:
+            lock = _locked(folder)
+        except OSError:          # its owner lives, or it is somebody else's
+            continue
+        _remove(folder, lock)
+
+
+def _locked(folder: Path, create: int = 0) -> int:
+    descriptor = os.open(folder / LOCK, create | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
