@@ -60,8 +60,8 @@ class Tally:
         gap = (inputs.logp.detach() - inputs.behaviour).abs()
         self.sums["mismatch"] += float(gap.sum())
         self.sums["corrected"] += float(corrected.bounded.sum())
-        self.sums["weight"] += float(corrected.weights.double().sum())
-        self.sums["weight_squared"] += float(corrected.weights.double().square().sum())
+        self.sums["weight"] += float(corrected.weights.sum())
+        self.sums["weight_squared"] += float(corrected.weights.square().sum())
         self.peaks["mismatch"] = max(self.peaks.get("mismatch", 0.0), float(gap.max()))
 
     def report(
