@@ -127,14 +127,21 @@ def load_runs(paths: Sequence[Path]) -> list[RunScores]:
 
 
 def scores_of(directory: RunDirectory, name: str) -> RunScores:
-    """The scores of one run."""
+    """The scores of one run. An episode that failed before its task was known belongs to the task of its index."""
     config = directory.config
-    envs: dict[EnvName, TaskScores] = {(env.id, env.split): {} for env in config.envs}
-    scored = 0
+    scores: dict[EnvName, dict[int, list[float]]] = {(env.id, env.split): {} for env in config.envs}
+    hashes: dict[EnvName, dict[int, str]] = {env: {} for env in scores}
     for episode in directory.episodes(transcripts=False):
+        env, task = (episode.key.env, episode.key.split), episode.key.task
+        if episode.task_hash:
+            hashes[env][task] = episode.task_hash
         if episode.score is not None:
-            envs[episode.key.env, episode.key.split].setdefault(episode.task_hash, []).append(episode.score)
-            scored += 1
+            scores[env].setdefault(task, []).append(episode.score)
+    envs = {
+        env: {hashes[env].get(task, f"task {task}"): found for task, found in tasks.items()}
+        for env, tasks in scores.items()
+    }
+    scored = sum(len(found) for tasks in scores.values() for found in tasks.values())
     return RunScores(
         directory.path, name, envs,
         {(env.id, env.split): env.data_hash for env in config.envs},

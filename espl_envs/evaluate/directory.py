@@ -122,14 +122,17 @@ class RunDirectory:
 
     def episodes(self, transcripts: bool = True) -> Iterator[Episode]:
         """The last record of every key of the configuration, in the order in which keys were first written; one at a
-        time is in memory. Without `transcripts` they come without messages, for those who keep them all."""
+        time is in memory. Without `transcripts` they come without messages, reasoning and info: for those who keep
+        them all."""
+        if not self._index:
+            return
         wanted = set(self.config.keys())
-        with (self.path / EPISODES).open("rb") if (self.path / EPISODES).exists() else contextlib.nullcontext() as file:
+        with (self.path / EPISODES).open("rb") as file:
             for key, place in list(self._index.items()):
-                if file is not None and key in wanted:
+                if key in wanted:
                     file.seek(place.start)
                     episode = Episode.from_json(file.read(place.size))
-                    yield episode if transcripts else replace(episode, messages=())
+                    yield episode if transcripts else _light(episode)
 
     def episode(self, key: EpisodeKey) -> Episode:
         """The last record of one key. Raises KeyError where there is none."""
@@ -184,6 +187,10 @@ class RunDirectory:
                     self.damaged += 1
                 end += len(line)
         return end
+
+
+def _light(episode: Episode) -> Episode:
+    return replace(episode, messages=(), info={}, turns=tuple(replace(turn, reasoning="") for turn in episode.turns))
 
 
 def read_config(path: Path) -> EvalConfig:

