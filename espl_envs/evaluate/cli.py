@@ -45,6 +45,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM."""
 
 
+class _Ended(EsplError):
+    """Something that the user can put right, found out while episodes were played."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -133,9 +137,7 @@ def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:
         background.run_through(_session(prepared))
     except Halted as halted:
         early = str(halted)
-    except EsplError as problem:
-        if not (prepared.out / "config.json").exists():
-            raise
+    except _Ended as problem:
         return _complain(f"{problem}\n{prepared.standing()}", 2)
     except KeyboardInterrupt as stop:
         return _stopped(stop, prepared.standing())
@@ -177,7 +179,12 @@ async def _play(prepared: _Evaluation, directory: RunDirectory, agent: Agent) ->
         progress.standing = agent.standing
         if directory.torn:
             progress.warn(f"the last record was cut off ({directory.torn} bytes); its episode is played again")
-        await Runner(directory, prepared.arenas, agent, prepared.limits, progress).run()
+        try:
+            await Runner(directory, prepared.arenas, agent, prepared.limits, progress).run()
+        except Halted:
+            raise
+        except EsplError as problem:
+            raise _Ended(str(problem)) from problem
 
 
 def _results(run: Path, allow_faults: bool, as_json: bool) -> int:

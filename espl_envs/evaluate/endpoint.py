@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import os
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from espl_envs.core.errors import EsplError, MissingExtra
 from espl_envs.core.messages import Conversation, ToolSpec
 from espl_envs.core.randomness import derive
 from espl_envs.evaluate.agents import Act, AgentFailed, ContextExceeded, Reply, Seat, ToolSyntax, as_reply
-from espl_envs.evaluate.config import AgentConfig, Prices, without_credentials
+from espl_envs.evaluate.config import AgentConfig, Prices
 from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.pace import Pace
 from espl_envs.evaluate.records import TurnUsage
@@ -237,7 +238,7 @@ class Endpoint:
             why = problem or f"{self.door.base_url} gave no answer"
             raise EsplError(f"{why}, to a first short request, for {PREFLIGHT_S:g} s") from None
         except EndpointFault as fault:
-            raise EsplError(await self._with_models(str(fault), tools)) from None
+            raise EsplError(await self._advised(fault, tools)) from None
 
     async def _hello(self, body: Mapping[str, Any]) -> Passing | None:
         """Why the server cannot answer now; None when it did. Servers that want `max_completion_tokens` say so, and a
@@ -257,17 +258,19 @@ class Endpoint:
                 raise
         return None
 
-    async def _with_models(self, problem: str, tools: Sequence[ToolSpec]) -> str:
-        """The refusal, with the models that the server has where it lacks the one that was asked for."""
-        if tools and "tool" in problem.lower():
-            return f"{problem}. With --tool-syntax text tools are explained in the messages instead"
+    async def _advised(self, fault: EndpointFault, tools: Sequence[ToolSpec]) -> str:
+        """The refusal with what to do: other tools, or one of the models that the server has."""
+        if tools and "tool" in fault.said.lower():
+            return f"{fault}. With --tool-syntax text tools are explained in the messages instead"
+        if fault.status not in (400, 404, 422) or "model" not in fault.said.lower():
+            return str(fault)
         try:
             status, _, text = await self._fetch("GET", "/models")
             names = [str(model["id"]) for model in json.loads(text)["data"]] if status == 200 else []
-        except (EsplError, ValueError, LookupError, TypeError):
+        except (Passing, AgentFailed, ValueError, LookupError, TypeError):
             names = []
         if not names or self.door.model in names:
-            return problem
+            return str(fault)
         near = difflib.get_close_matches(self.door.model, names, 3, 0.4) or sorted(names)[:5]
         return f"{self.door.base_url} has no model {self.door.model!r}; it has {', '.join(near)}"
 
@@ -285,11 +288,11 @@ def _pause(state: tenacity.RetryCallState, seed: int) -> float:
 def checked_url(base_url: str) -> str:
     """The URL without a slash at its end; `/v1` is added where there is no path, as every server has it. Raises
     EsplError for what is no URL, and for one with credentials: keys belong into the environment."""
+    if any(mark in base_url for mark in "@?#"):
+        raise EsplError("--base-url holds more than an address: keys come from an environment variable (--api-key-env)")
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EsplError(f"--base-url is {without_credentials(base_url)!r}, expected a URL: http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise EsplError("--base-url holds more than an address: keys come from an environment variable (--api-key-env)")
+        raise EsplError(f"--base-url is {base_url!r}, expected a URL such as http://localhost:8000/v1")
     return base_url.rstrip("/") if parts.path.strip("/") else f"{base_url.rstrip('/')}/v1"
 
 
@@ -305,4 +308,7 @@ def _proxy(url: str) -> str | None:
 def _reason(problem: Exception) -> str:
     """What went wrong with a connection, in the words of the system where it has some."""
     cause = getattr(problem, "os_error", None) or problem
+    number = getattr(cause, "errno", None)
+    if isinstance(number, int) and number > 0:
+        return os.strerror(number)
     return getattr(cause, "strerror", None) or str(cause).partition("\n")[0] or type(problem).__name__

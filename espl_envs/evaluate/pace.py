@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 
 START = 32
 FLOOR = 16
+LEAST = 8                   # answers that say anything
 WINDOWS = 20                # that "lately" means
 SLOWER = 3.0                # times the best of them: congestion
 TOKENS_PER_REPLY = 20       # what prompt, network and queue cost, in tokens: keeps one-word replies comparable
@@ -32,6 +33,7 @@ class Pace:
         self._starting = True                   # no push-back so far: grow with every answer
         self._cut = float("-inf")               # when the limit was last halved
         self._window: list[float] = []
+        self._enough = max(LEAST, self.limit)   # answers until it is looked back on
         self._lately: deque[float] = deque(maxlen=WINDOWS)
         self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
 
@@ -57,7 +59,7 @@ class Pace:
             grown = self._limit + (1.0 if self._starting else 1.0 / self._limit)
             self._limit = min(grown, float(self.most))
         self._window.append((self._clock() - began) / ((tokens or 0) + TOKENS_PER_REPLY))
-        if len(self._window) >= max(8, self.limit):
+        if len(self._window) >= self._enough:
             self._look_back()
         self._admit()
 
@@ -74,6 +76,7 @@ class Pace:
         if self._lately and mean > SLOWER * min(self._lately) and self._limit > FLOOR:
             self._limit, self._starting = max(float(FLOOR), self._limit * 0.8), False
         self._lately.append(mean)
+        self._enough = max(LEAST, self.limit)
 
     async def _enter(self, urgent: bool) -> None:
         if self.under_way < self.limit and not any(self._waiting):
