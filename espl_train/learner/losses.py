@@ -128,6 +128,7 @@ PENALTIES: dict[str, Penalty] = {"k1": k1, "k2": k2, "k3": k3}
 """What is added per token, times `learner.kl`, to stay near the reference [K]; see Tang & Munos, arXiv 2506.09477.
 
 A token is judged by its own distribution: what it does to the divergence of later tokens is left out, as everywhere.
+The penalty is over the tokens that are learnt from: groups without contrast pay none.
 """
 
 
