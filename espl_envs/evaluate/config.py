@@ -119,14 +119,16 @@ class EvalConfig:
             raise EsplError(f"{where} is no configuration of espl-eval ({type(error).__name__}: {error})") from error
 
     def differences(self, other: EvalConfig) -> dict[str, tuple[Any, Any]]:
-        """What decides the numbers and is not the same: dotted field → (here, there)."""
-        here, there = _flat(_decisive(self)), _flat(_decisive(other))
-        absent = "nothing"
-        return {
-            name: (here.get(name, absent), there.get(name, absent))
-            for name in dict.fromkeys([*here, *there])
-            if here.get(name, absent) != there.get(name, absent)
-        }
+        """What decides the numbers and is not the same: dotted field → (here, there), None where it is absent. Of
+        environments that only one of them has, the names."""
+        here, there = _decisive(self), _decisive(other)
+        shared = here["envs"].keys() & there["envs"].keys()
+        for one in (here, there):
+            one["environments"] = ", ".join(sorted(one["envs"]))
+            one["envs"] = {name: env for name, env in one["envs"].items() if name in shared}
+        here, there = _flat(here), _flat(there)
+        names = dict.fromkeys([*here, *there])
+        return {name: (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)}
 
     def grows_into(self, other: EvalConfig) -> bool:
         """Whether `other` is this evaluation with more samples or more tasks: what is there already stays valid."""
