@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from learner_kit import group, random_groups, related_groups, rollout
+from learner_kit import group, related_groups, rollout
 
 from espl_train.learner import packing
 from espl_train.learner.losses import NORMALISATIONS
@@ -105,7 +105,7 @@ def test_a_cut_that_is_only_greedy_is_less_even(monkeypatch):
     sequences = training_sequences(related_groups(0, count=12))
     budget = Limits(int(0.4 * pack(sequences, Limits(10**9))[0].size))
     even = pack(sequences, budget)
-    monkeypatch.setattr(packing._Layout, "_even", lambda *_: float("inf"))
+    monkeypatch.setattr(packing._Layout, "_even", lambda *_: math.inf)
     greedy = pack(sequences, budget)
     assert len(even) == len(greedy) > 1
     assert max(p.cost for p in even) < max(p.cost for p in greedy)
@@ -134,10 +134,3 @@ def test_what_cannot_be_learnt_is_refused():
         training_sequences([group(rollout(1.0, [((), (3,))]), advantages=(1.0,))])
     with pytest.raises(ValueError, match="2 tokens and 1 log-prob"):
         training_sequences([group(rollout(1.0, logprobs=[[-1.0]]), advantages=(1.0,))])
-
-
-def test_random_groups_of_unlike_prompts_share_nothing():
-    (batch,) = pack(training_sequences(random_groups(0)), Limits(10**9))
-    assert torch.equal(batch.inputs["attention_mask"].sum(1), torch.tensor(sorted(
-        (len(s.ids) for s in training_sequences(random_groups(0))), reverse=True
-    )))

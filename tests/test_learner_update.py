@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from learner_kit import group, random_groups, rollout, tiny_model, tiny_policy, tiny_tokenizer
+from learner_kit import group, random_groups, related_groups, rollout, tiny_model, tiny_policy, tiny_tokenizer
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import LearnerConfig
+from espl_train.learner import memory
 from espl_train.learner import update as update_module
 from espl_train.learner.advantages import assign
 from espl_train.learner.logprobs import sequence_logprobs
@@ -95,10 +96,13 @@ def test_the_split_into_micro_batches_changes_no_gradient(loss, normalise):
             torch.testing.assert_close(other[name] / largest, whole[name] / largest, atol=1e-6, rtol=0)
 
 
-def slopes_at_positions(groups: list[Group], monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """d loss / d hidden states under the head, and which positions predict a sampled id, for one micro-batch. [B, L]"""
+def slopes_at_positions(groups: list[Group], packed: bool, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """d loss / d hidden states under the head, and which of them predict a sampled id, for one micro-batch. [cells]"""
     who = learner()
+    who.limits = replace(who.limits, packed=packed)
+    who._appetite = memory.Appetite(0, 0)
     kept: list[torch.Tensor] = []
+    rows: list[dict] = []
     decoder = type(who.policy.causal.get_decoder())
     forward = decoder.forward
 
@@ -106,35 +110,53 @@ def slopes_at_positions(groups: list[Group], monkeypatch) -> tuple[torch.Tensor,
         out = forward(self, *args, **kwargs)
         out.last_hidden_state.retain_grad()
         kept.append(out.last_hidden_state)
+        rows.append(kwargs)
         return out
 
     monkeypatch.setattr(decoder, "forward", keep)
     who.update(groups)
-    real = torch.zeros(kept[-1].shape[:2], dtype=torch.bool)
-    rollouts = [r for g in groups for r in g.rollouts]
-    longest_first = sorted(rollouts, key=lambda r: -sum(len(t.context + t.tokens) for t in r.turns))
-    for row, r in enumerate(longest_first):
-        at = 0
+    ids, cells = rows[0]["input_ids"], torch.arange(rows[0]["input_ids"].numel())
+    paths = rows[0]["packed"].forest.places if packed else cells.view_as(ids)
+    wanted = set()
+    for r in (r for g in groups for r in g.rollouts):
+        said: tuple[int, ...] = ()
         for turn in r.turns:
-            at += len(turn.context)
-            real[row, at - 1 : at - 1 + len(turn.tokens)] = True
-            at += len(turn.tokens)
-    return kept[-1].grad.abs().sum(-1), real
+            said += turn.context
+            wanted |= {(*said, *turn.tokens[:i]) for i in range(len(turn.tokens))}
+            said += turn.tokens
+    predicts = torch.zeros(len(cells), dtype=torch.bool)
+    for path in paths:
+        for i in range(len(path)):
+            predicts[path[i]] |= tuple(ids.flatten()[path[: i + 1]].tolist()) in wanted
+    return kept[0].grad.abs().sum(-1).flatten(), predicts
 
 
-def test_positions_that_predict_no_sampled_token_have_exactly_zero_gradient(monkeypatch):
-    slope, predicts = slopes_at_positions(random_groups(3), monkeypatch)
+@pytest.mark.parametrize("packed", [True, False])
+def test_positions_that_predict_no_sampled_token_have_exactly_zero_gradient(packed, monkeypatch):
+    slope, predicts = slopes_at_positions(related_groups(3), packed, monkeypatch)
     assert bool((slope[~predicts] == 0).all())
     assert bool((slope[predicts] > 0).all())
+    assert 0 < int(predicts.sum()) < len(predicts)
 
 
-def test_a_mask_that_is_off_by_one_is_caught(monkeypatch):
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mask_that_is_off_by_one_is_caught(packed, monkeypatch):
     def shifted(*args):
-        return [replace(b, before=b.before + 1) for b in pack(*args)]
+        return [replace(b, before=(b.before + 1) % b.size) for b in pack(*args)]
 
     monkeypatch.setattr(update_module, "pack", shifted)
-    slope, predicts = slopes_at_positions(random_groups(3), monkeypatch)
+    slope, predicts = slopes_at_positions(related_groups(3), packed, monkeypatch)
     assert bool((slope[~predicts] > 0).any())
+    assert bool((slope[predicts] == 0).any())
+
+
+def test_a_stop_token_that_was_sampled_is_learnt_and_one_that_was_appended_is_not():
+    who, stop = learner(), 1
+    sampled = rollout(1.0, [((2, 3), (4, stop))])
+    appended = rollout(1.0, [((2, 3), (4,)), ((stop, 5), (6,))])
+    for played, targets in ((sampled, [4, stop]), (appended, [4, 6])):
+        (batch,) = who._micro_batches([group(played, advantages=(1.0,))])
+        assert batch.targets.tolist() == targets
 
 
 def test_a_batch_without_contrast_steps_nothing():

@@ -168,9 +168,10 @@ def prove(causal: Any) -> str | None:
     config = causal.config.get_text_config()
     if config._attn_implementation not in INSTALLED.values():
         return install(causal)
+    if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
     device, decoder = next(causal.parameters()).device, causal.get_decoder()
-    size = config.vocab_size
-    known = torch.arange(1, 49) * 7919 % size
+    known = torch.arange(1, 49) * 7919 % config.vocab_size
     sequences = [known[:24], torch.cat([known[:18], known[30:37]]), known[40:48]]
     other = [*sequences[:2], known[32:40]]
     try:
@@ -187,8 +188,8 @@ def prove(causal: Any) -> str | None:
         if not bool((ours[places] - hidden.float()).abs().max() <= bound * hidden.float().abs().max()):
             return "packed sequences do not give what single ones give"
     kept = torch.cat(witness.forest.places[:2])
-    if not torch.equal(again.last_hidden_state[0, kept].float(), ours[kept]):
-        return "packed sequences see each other"
+    if not bool((again.last_hidden_state[0, kept].float() - ours[kept]).abs().max() <= bound / 10 * ours.abs().max()):
+        return "packed sequences see each other"      # bit-equality is not asked for: experts batch by what all say
     return None
 
 
@@ -200,12 +201,12 @@ def arguments(packed: Packed) -> dict[str, Any]:
 
 
 def expected_windows(config: Any) -> list[int | None]:
-    """How far each layer looks back by the model's configuration; layers that do not attend are left out."""
+    """How far each layer looks back by the model's configuration; None is all the way."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds if kind.endswith("attention")]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 class _Witness(Packed):

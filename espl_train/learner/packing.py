@@ -7,8 +7,9 @@ gradient of an update depends on neither, nor on how it is split: weights were s
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,7 +70,7 @@ def pack(sequences: Sequence[TrainingSequence], limits: Limits) -> list[MicroBat
     if not limits.packed:
         return padded.cut(limits.tokens)
     packed = _InOneRow(sequences, limits.width)
-    cheaper = packed.whole() * OVERHEAD < padded.whole()
+    cheaper = packed.price(limits.tokens) * OVERHEAD < padded.price(limits.tokens)
     return (packed if cheaper else padded).cut(limits.tokens)
 
 
@@ -88,24 +89,38 @@ class _Layout:
         """The decoder's arguments for sequences first..last-1, and where the ids of each of them stand."""
         raise NotImplementedError
 
-    def whole(self) -> float:
-        """The cost of all sequences in one micro-batch."""
-        return sum(self.own(index, 0)[1] for index in range(len(self.sequences)))
+    def price(self, tokens: int) -> float:
+        """What all sequences cost in micro-batches of at most `tokens`."""
+        return sum(self._cost(*stretch) for stretch in self._stretches(tokens))
 
     def cut(self, tokens: int) -> list[MicroBatch]:
         """As few micro-batches as `tokens` allows, the dearest of them as cheap as can be."""
-        fewest = len(_stretches(len(self.sequences), self.own, tokens, float("inf")))
-        stretches = _stretches(len(self.sequences), self.own, tokens, self._even(tokens, fewest))
-        return [self._batch(first, last) for first, last in stretches]
+        return [self._batch(first, last) for first, last in self._stretches(tokens, self._even(tokens))]
 
-    def _even(self, tokens: int, count: int) -> float:
-        """The smallest bound on the cost of one micro-batch that makes no more than `count` of them."""
-        if count == 1:
-            return float("inf")
-        total = int(sum(self.own(i, i)[1] for i in range(len(self.sequences)))) + 1
-        pieces = range(total // 256, total + 1, max(1, total // 4096))
-        at = bisect_left(pieces, True, key=lambda c: len(_stretches(len(self.sequences), self.own, tokens, c)) <= count)
-        return float(pieces[at]) if at < len(pieces) else float("inf")
+    def _even(self, tokens: int) -> float:
+        """The smallest bound on the cost of one micro-batch that makes no more of them than `tokens` alone."""
+        stretches = self._stretches(tokens)
+        if len(stretches) == 1:
+            return math.inf
+        dearest = math.ceil(max(self._cost(*stretch) for stretch in stretches))
+        return bisect_left(range(dearest), True, key=lambda c: len(self._stretches(tokens, c)) <= len(stretches))
+
+    def _cost(self, first: int, last: int) -> float:
+        return sum(self.own(index, first)[1] for index in range(first, last))
+
+    def _stretches(self, tokens: int, cost: float = math.inf) -> list[tuple[int, int]]:
+        """First and last + 1 of the sequences that stand together: cut wherever one more would pass a bound."""
+        found: list[tuple[int, int]] = []
+        first = used = 0
+        spent = 0.0
+        for index in range(len(self.sequences)):
+            ids, price = self.own(index, first)
+            if index > first and (used + ids > tokens or spent + price > cost):
+                found.append((first, index))
+                first, used, spent = index, 0, 0.0
+                ids, price = self.own(index, first)
+            used, spent = used + ids, spent + price
+        return [*found, (first, len(self.sequences))]
 
     def _batch(self, first: int, last: int) -> MicroBatch:
         chosen = self.sequences[first:last]
@@ -115,7 +130,7 @@ class _Layout:
         return MicroBatch(
             inputs=inputs,
             sequences=len(chosen),
-            cost=sum(self.own(index, first)[1] for index in range(first, last)),
+            cost=self._cost(first, last),
             before=torch.cat([place[s.before] for place, s in zip(places, chosen, strict=True)]),
             targets=torch.cat([s.targets for s in chosen]),
             behaviour=torch.cat([s.behaviour for s in chosen]),
@@ -152,9 +167,6 @@ class _Padded(_Layout):
         length = len(self.sequences[min(first, index)].ids)
         return length, length + length**2 / (12 * self.width)
 
-    def whole(self) -> float:
-        return sum(self.own(index, index)[1] for index in range(len(self.sequences)))
-
     def build(self, first: int, last: int) -> tuple[dict[str, Any], list[Tensor]]:
         rows = [s.ids for s in self.sequences[first:last]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                            # [B, L]
@@ -162,20 +174,3 @@ class _Padded(_Layout):
         lengths = torch.tensor([len(row) for row in rows])
         places = list(torch.arange(ids.numel()).view_as(ids))
         return {"input_ids": ids, "attention_mask": (column < lengths[:, None]).long()}, places
-
-
-def _stretches(
-    count: int, own: Callable[[int, int], tuple[int, float]], tokens: int, cost: float
-) -> list[tuple[int, int]]:
-    """Cut 0..count-1 wherever one more sequence would pass a bound."""
-    found: list[tuple[int, int]] = []
-    first = used = 0
-    spent = 0.0
-    for index in range(count):
-        ids, price = own(index, first)
-        if index > first and (used + ids > tokens or spent + price > cost):
-            found.append((first, index))
-            first, used, spent = index, 0, 0.0
-            ids, price = own(index, first)
-        used, spent = used + ids, spent + price
-    return [*found, (first, count)]

@@ -140,8 +140,8 @@ class Learner:
             self._notes.append(f"gradient checkpointing from now on: {memory.compared(need, there, ids)}")
 
     def _need_less(self, batch: MicroBatch, error: memory.OutOfMemory) -> None:
-        """Checkpointing where it may be chosen, then smaller micro-batches: the gradient stays the same. Raises EsplError
-        when there is no more to be done.
+        """Checkpointing where it may be chosen, then smaller micro-batches: the gradient stays the same. Raises
+        EsplError when there is no more to be done.
         """
         if self.config.gradient_checkpointing == "auto" and not self.policy.checkpointing:
             self.policy.checkpoint(True)
