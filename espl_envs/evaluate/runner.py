@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 STEP_S = 900.0              # longer than any tool, test or lease may take: an environment that hangs is a fault
 MOST_FAULTS_IN_A_ROW = 25
+ROUNDED = 1 - 1e-9          # ten times 0.01 is 0.1
 
 
 class Halted(EsplError):
@@ -78,7 +79,7 @@ class Purse:
     @property
     def empty(self) -> bool:
         """Whether no request may be made any more."""
-        return self.limit is not None and self.spent >= self.limit
+        return self.limit is not None and self.spent >= self.limit * ROUNDED
 
     async def begin(self) -> bool:
         """Wait until another episode may begin, and count it as under way; False when none ever may."""
