@@ -31,7 +31,7 @@ def episode(key: EpisodeKey, score: float | None = 1.0, **fields: Any) -> Episod
 def config(scores: Scores, name: str = "agent", k: int | None = None, **fields: Any) -> EvalConfig:
     """The configuration to which `scores` belong; every environment's data hash is its name."""
     envs = tuple(EnvConfig(env, "test", len(tasks), 100, f"data of {env}") for env, tasks in scores.items())
-    most = max((len(task) for tasks in scores.values() for task in tasks), default=1)
+    most = max((len(task) for tasks in scores.values() for task in tasks), default=0) or 1
     return EvalConfig(envs, AgentConfig("callable", name), k or most, **fields)
 
 

@@ -43,7 +43,8 @@ def test_what_was_appended_is_read_again_in_every_way(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory_module.os, "fsync", lambda _: None)
-    run = write_run(tmp_path / "run", {ENV: [[1.0], [0.0], [1.0]]})
+    short = {"change": lambda one: replace(one, messages=(), turns=(), answer=None, reference=None)}
+    run = write_run(tmp_path / "run", {ENV: [[1.0], [0.0], [1.0]]}, **short)
     whole = (run / EPISODES).read_bytes()
     start = whole.rindex(b"\n", 0, -1) + 1
     for end in range(start, len(whole)):

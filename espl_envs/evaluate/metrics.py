@@ -166,8 +166,10 @@ def budget_grid(least: int, most: int) -> list[int]:
     """Budgets from where the first sample fits in to where all do: every number of a few, else round ones."""
     if most <= 24:
         return list(range(most + 1))
-    steps = [mantissa * 10**power // 10 for power in range(len(str(most)) + 1) for mantissa in (10, 15, 20, 30, 50, 70)]
-    first = max((step for step in steps if step <= least), default=0)
+    powers = range(len(str(most)) + 1)
+    round_ones = (mantissa * 10**power // 10 for power in powers for mantissa in (10, 15, 20, 30, 50, 70))
+    steps = [0, *round_ones]
+    first = max(step for step in steps if step <= least)
     last = min(step for step in steps if step >= most)
     return sorted({step for step in steps if first <= step <= last})
 
