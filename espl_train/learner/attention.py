@@ -82,7 +82,7 @@ class Packed:
         A place sees itself and the `window` - 1 places before it in its sequence (None: all). Scores are capped as
         cap · tanh(scores / cap); `sinks` [H] are scores of a key without a value.
         """
-        if query.is_cuda and query.dtype in HALF and cap is None and sinks is None:
+        if cap is None and sinks is None and _flashes(query, value):
             return self._varlen(query, key, value, scale, window)
         rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]                    # [T, H·D]
         heads, shared = query.shape[1], key.shape[1]
@@ -248,6 +248,13 @@ AttentionInterface.register(INSTALLED["sdpa"], _attention(lambda _: sdpa_attenti
 AttentionInterface.register(INSTALLED["eager"], _attention(_eager))
 AttentionMaskInterface.register(INSTALLED["sdpa"], sdpa_mask)
 AttentionMaskInterface.register(INSTALLED["eager"], eager_mask)
+
+
+def _flashes(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention takes these."""
+    if not query.is_cuda or query.dtype not in HALF or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

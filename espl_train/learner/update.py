@@ -62,7 +62,7 @@ class Learner:
         self.steps = 0
         self.skipped: Counter[str] = Counter()
         self._weights = list(policy.trainable_parameters().values())
-        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._weights]
+        self._masters = [p if p.dtype.itemsize >= 4 else p.detach().float() for p in self._weights]
         self.optimizer = torch.optim.AdamW(
             self._masters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
