@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from engine_kit import World
-from learner_kit import shake, tiny_folder
+from learner_kit import shake, tiny_model, tiny_tokenizer
 
 from espl_train.config import EngineConfig, LearnerConfig, ModelConfig
 from espl_train.engines.vllm import VllmEngine
@@ -21,9 +21,11 @@ KV_BYTES = 2**24
 class Shared:
     """The engine of a test session; `world()` is it with the weights of the start."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = ModelConfig(path=str(tiny_folder(folder, **SHAPE)))
-        self.policy = tiny_vllm_policy(self.model)
+    def __init__(self, folder: Path, seed: int = 0, dtype: str = "float32", **changes: Any) -> None:
+        tiny_model(seed, getattr(torch, dtype), **SHAPE, **changes).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        self.model = ModelConfig(path=str(folder), dtype=dtype)
+        self.policy = Policy.load(self.model, LearnerConfig(rank=4, alpha=8))
         shake(self.policy, 0.1)
         self.state = self.policy.state()
         self.engine: VllmEngine | None = None
@@ -31,21 +33,17 @@ class Shared:
     def world(self) -> World:
         self.policy.load_state(self.state, 0)
         if self.engine is None or self.engine.callers.closed:
-            self.engine = start(self.policy, self.model)
+            self.engine = self.start()
         self.engine.load_policy(0)
         return World(self.engine, self.policy)
+
+    def start(self, model: ModelConfig | None = None, **settings: Any) -> VllmEngine:
+        config = EngineConfig(kind="vllm", slots=64, **settings)
+        return VllmEngine(self.policy, config, model or self.model, kv_bytes=KV_BYTES)
 
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
-
-
-def tiny_vllm_policy(model: ModelConfig, **settings: Any) -> Policy:
-    return Policy.load(model, LearnerConfig(**{"rank": 4, "alpha": 8, **settings}))
-
-
-def start(policy: Policy, model: ModelConfig, **settings: Any) -> VllmEngine:
-    return VllmEngine(policy, EngineConfig(kind="vllm", slots=64, **settings), model, kv_bytes=KV_BYTES)
 
 
 def trained(policy: Policy, size: float = 0.1, seed: int = 1) -> int:

@@ -84,6 +84,7 @@ class Core:
                 self._engine = _built({**common, **_lora(rank, targets, self.device)})
             except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as error:
                 raise EsplError(f"vLLM cannot be set up for '{settings.path}': {_said(error)}") from error
+        self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     def _arguments(
         self, model: str, settings: ModelConfig, config: EngineConfig, context: int, kv_bytes: int | None
@@ -110,6 +111,8 @@ class Core:
     def add(self, key: str, asked: Request | Score) -> None:
         """Begin a request. Raises ValueError where vLLM does not take it."""
         tokens = asked.tokens[:-1] if isinstance(asked, Score) else asked.tokens
+        if not (min(asked.tokens) >= 0 and max(asked.tokens) < self._vocabulary):     # vLLM would read past its table
+            raise ValueError(f"token ids run from 0 to {self._vocabulary - 1}, here to {max(asked.tokens)}")
         self._engine.add_request(key, {"prompt_token_ids": list(tokens)}, _parameters(asked),
                                  lora_request=self._request(asked.policy))
 
