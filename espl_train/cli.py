@@ -21,8 +21,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from espl_envs.core.errors import EsplError, MissingExtra
+from espl_train.learner.ranks import ALONE, Place, RankLost
 
 if TYPE_CHECKING:
+    from espl_train.learner.ranks import Ranks
     from espl_train.runs.console import Console
     from espl_train.runs.directory import RunDirectory
     from espl_train.runs.summary import Summary
@@ -44,17 +46,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; nothing but the answer to `--help` and a dry run is on stdout."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _explained_imports():
-            return _command(words)
+        with _explained_imports(), _ranks() as ranks:
+            return _command(words, ranks)
     except EsplError as error:
         return _complain(str(error), 2)
+    except RankLost as lost:
+        return _complain(f"{lost}.", 1)
     except KeyboardInterrupt as stop:
         return _stopped(stop, "before anything was written")
     except Exception as error:
         return _crashed(error, Path(tempfile.gettempdir()) / f"espl-crash-{os.getpid()}.txt")
 
 
-def _command(words: list[str]) -> int:
+@contextlib.contextmanager
+def _ranks() -> Iterator[Ranks]:
+    """The processes of this run. Under torchrun, only rank 0 comes back from here: the others follow it to its end."""
+    place = Place.take(os.environ)
+    if place is None:
+        yield ALONE
+        return
+    from espl_train.learner.distributed import Team, serve
+
+    if place.rank:
+        serve(place)
+    with Team(place) as team:
+        yield team
+
+
+def _command(words: list[str], ranks: Ranks) -> int:
     from espl_train import settings
 
     request = settings.parse(words)
@@ -65,10 +84,10 @@ def _command(words: list[str]) -> int:
         print(f"espl {version('espl')}")
         return 0
     with _signals():
-        return _dry_run(request) if request.dry_run else _run(request)
+        return _dry_run(request, ranks) if request.dry_run else _run(request, ranks)
 
 
-def _dry_run(request: Request) -> int:
+def _dry_run(request: Request, ranks: Ranks) -> int:
     from espl_train.preflight import inspect
     from espl_train.runs.directory import continued, read_config
     from espl_train.settings import load, to_toml
@@ -77,13 +96,13 @@ def _dry_run(request: Request) -> int:
         config = continued(request.resume, read_config(request.resume), request.overrides)
     else:
         config = load(request.presets, request.config, request.overrides)
-    plan = inspect(config, request.resume, True)
+    plan = inspect(config, request.resume, True).plus(ranks.check(config))
     print(to_toml(config))
     print(plan)
     return 0
 
 
-def _run(request: Request) -> int:
+def _run(request: Request, ranks: Ranks) -> int:
     from espl_train.preflight import inspect
     from espl_train.runs.directory import RunDirectory
     from espl_train.settings import load
@@ -91,33 +110,35 @@ def _run(request: Request) -> int:
     if request.resume:
         with RunDirectory.open(request.resume, request.overrides) as run:
             inspect(run.config, run.path)
-            return _guarded(run, request.quiet)
+            return _guarded(run, request.quiet, ranks)
     config = load(request.presets, request.config, request.overrides)
     inspect(config)
+    ranks.check(config)
     with RunDirectory.create(config) as run:
-        return _guarded(run, request.quiet)
+        return _guarded(run, request.quiet, ranks)
 
 
-def _guarded(run: RunDirectory, quiet: bool) -> int:
+def _guarded(run: RunDirectory, quiet: bool, ranks: Ranks) -> int:
     """Train; whatever ends it early is told together with how to go on."""
     from espl_train.runs.checkpoint import CheckpointError
 
     try:
         with _explained_imports():
-            _train(run, quiet)
+            _train(run, quiet, ranks)
     except EsplError as error:
         hopeless = run.saved_step is None or isinstance(error, CheckpointError)
         standing = "" if hopeless else f"\n{_capital(run.standing())}."
         run.abandon()
         return _complain(f"{error}{standing}", 2)
     except KeyboardInterrupt as stop:
-        return _stopped(stop, run.standing())
+        cause = ranks.cause(stop)
+        return _bereft(cause, run) if isinstance(cause, RankLost) else _stopped(cause, run.standing())
     except Exception as error:
         return _crashed(error, run.path / "crash.txt", run.standing())
     return 0
 
 
-def _train(run: RunDirectory, quiet: bool) -> None:
+def _train(run: RunDirectory, quiet: bool, ranks: Ranks) -> None:
     from espl_train.runs.console import Console
 
     title = f"{run.config.env.id} · {run.config.model.path} · seed {run.config.seed} · {run.path}"
@@ -129,7 +150,9 @@ def _train(run: RunDirectory, quiet: bool) -> None:
         from espl_train.loop import Trainer
 
         logging.disable_progress_bar()
-        summary = Trainer(run.config, run, console).train()
+        for name, text in ranks.check(run.config):
+            console.note(f"{name}: {text}")
+        summary = Trainer(run.config, run, console, ranks).train()
         _finish(run, console, summary)
 
 
@@ -198,6 +221,14 @@ def _stopped(stop: KeyboardInterrupt, standing: str) -> int:
     terminated = isinstance(stop, Terminated)
     print(f"\nespl-train: stopped{' by SIGTERM' if terminated else ''}; {standing}", file=sys.stderr)
     return 143 if terminated else 130
+
+
+def _bereft(lost: RankLost, run: RunDirectory) -> int:
+    """Another rank is gone: what it said of itself into a file, one sentence to the terminal."""
+    where = f"; its traceback is in {run.write_text('crash.txt', lost.details)}" if lost.details else ""
+    standing = _capital(run.standing())
+    run.abandon()
+    return _complain(f"{lost}{where}\n{standing}.", 1)
 
 
 def _crashed(error: Exception, file: Path, standing: str = "") -> int:

@@ -154,6 +154,12 @@ class LearnerConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k2", description="k1 and k2 have the gradient of that KL (k2 is less noisy), k3 is GRPO's"
     )
+    parallel: Literal["auto", "data", "fsdp"] = Field(
+        "auto", description="under torchrun: whole weights on every rank, or sharded; auto: sharded where they are large"
+    )
+    rank_timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds that ranks wait for one another in an update"
+    )
     micro_batch_tokens: Positive = Field(16384, description="tokens per forward pass: memory, not the gradient")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="less memory, a third more work; auto: where a micro-batch would not fit otherwise"

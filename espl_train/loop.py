@@ -23,7 +23,7 @@ from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.population import Population
 from espl_train.evolution.templates import TemplateSet
 from espl_train.learner.advantages import assign
-from espl_train.learner.policy import Policy
+from espl_train.learner.ranks import ALONE, Ranks
 from espl_train.learner.shaping import Shaping
 from espl_train.learner.update import Learner
 from espl_train.problems import Deck, Problems, ProblemSets
@@ -39,16 +39,17 @@ from espl_train.sandboxes import Boxes, equipped, wanted
 class Trainer:
     """One run, from where its directory stands to its last step.
 
-    Raises EsplError for whatever the user can put right; an interrupted run goes on from its last checkpoint.
+    Raises EsplError for whatever the user can put right; an interrupted run goes on from its last checkpoint. `ranks`
+    are the processes that learn with this one, the only one that runs the loop.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, console: Console) -> None:
+    def __init__(self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE) -> None:
         self.config, self.run, self.console = config, run, console
         self.sets = ProblemSets.of(equipped(config))
         parts = (self.sets.train, self.sets.validation, self.sets.test)
         self.boxes = Boxes(config.sandbox, wanted(problems.env for problems in parts))
-        self.policy = Policy.load(config.model, config.learner, config.seed)
-        self.learner = Learner(self.policy, config.learner, config.rollout.temperature, updates=config.steps)
+        self.learner = Learner.of(config, ranks)
+        self.policy = self.learner.policy
         self.engine = engine_for(config, self.policy)
         self.chat = Chat(self.policy.tokenizer)
         self.shaping = Shaping(config.learner, config.rollout, frozenset(self.chat.stop_ids))

@@ -26,6 +26,10 @@ class Plan:
 
     rows: tuple[tuple[str, str], ...]
 
+    def plus(self, rows: tuple[tuple[str, str], ...]) -> Plan:
+        """The plan with more rows."""
+        return Plan((*self.rows, *rows))
+
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows)

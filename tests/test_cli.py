@@ -31,7 +31,8 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body], None]:
 
     def install(body: Body) -> None:
         class Trainer:
-            def __init__(self, config: Any, run: Any, console: Any) -> None:
+            def __init__(self, config: Any, run: Any, console: Any, ranks: Any) -> None:
+                del ranks
                 self.config, self.run, self.console = config, run, console
                 restored = run.restore()
                 self.step = restored[0] if restored else 0

@@ -69,6 +69,17 @@ def load_model(config: ModelConfig) -> nn.Module:
     return model.to(pick_device(config.device)).eval()
 
 
+def blank_model(config: ModelConfig) -> Any:
+    """The model that `load_model` would load, without weights: its tensors have shapes and no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = _explained(config, AutoConfig.from_pretrained, locate(config.path), revision=config.revision)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
+    model.config.espl_templates = template_set(config, model.config)
+    return model.eval()
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer. Raises EsplError where it has no chat template: a policy answers conversations."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

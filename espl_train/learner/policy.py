@@ -135,6 +135,15 @@ class Policy:
         if self._turns["training"]:
             self.model.train(on)                 # it acts in train mode only
 
+    def run(self, function: Callable[..., Any], *args: Any, reference: bool = False) -> Any:
+        """`function(model, *args)`: what is computed with the weights, adapter and all, or (`reference`) with those of
+        the base model and without gradients. The one way in that also holds where ranks share the weights.
+        """
+        if not reference:
+            return function(self.causal, *args)
+        with self.reference() as base:
+            return function(base, *args)
+
     @contextmanager
     def sampling_weights(self, version: int | None) -> Iterator[Any]:
         """The turn in which engines sample; yields the model to call (a Hugging Face causal model, eval mode).
@@ -227,13 +236,20 @@ def _with_adapter(model: Any, config: LearnerConfig, seed: int, name: str) -> An
     with torch.random.fork_rng():
         wrapped: Any = get_peft_model(model, lora)
     wrapped.peft_config["default"].base_model_name_or_path = name
-    with torch.no_grad():
-        for key, parameter in wrapped.named_parameters():
-            if "lora_A" in key:   # [rank, in]; kaiming uniform as PEFT draws it, but independent of global random state
-                random = torch.Generator().manual_seed(derive(seed, "adapter", key))
-                bound = parameter.shape[1] ** -0.5
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=random))
+    draw_adapter(wrapped, seed)
     return wrapped.eval()
+
+
+@torch.no_grad()
+def draw_adapter(wrapped: nn.Module, seed: int) -> None:
+    """The adapter of version 0: as PEFT draws it, but by name from `seed`, whatever the global random state is."""
+    for key, parameter in wrapped.named_parameters():
+        if "lora_A" in key:                                                       # [rank, in], kaiming uniform
+            random = torch.Generator().manual_seed(derive(seed, "adapter", key))
+            bound = parameter.shape[1] ** -0.5
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=random))
+        elif "lora_B" in key:
+            parameter.zero_()
 
 
 def _give_own_weights(plain: nn.Module, adapted: nn.Module) -> list[tuple[Any, nn.Parameter]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espl_train.config import LearnerConfig
+from espl_train.config import Config, LearnerConfig
 from espl_train.learner import attention, corrections, memory, schedules
 from espl_train.learner.advantages import BASELINES
 from espl_train.learner.logprobs import check_head, token_logprobs
@@ -25,6 +25,7 @@ from espl_train.learner.losses import LOSSES, NORMALISATIONS, PENALTIES, LossInp
 from espl_train.learner.naming import choose
 from espl_train.learner.packing import Limits, MicroBatch, pack
 from espl_train.learner.policy import Policy
+from espl_train.learner.ranks import ALONE, Ranks, whole
 from espl_train.learner.sequences import training_sequences
 from espl_train.learner.tally import Tally, UpdateReport
 from espl_train.records import Group
@@ -39,22 +40,25 @@ class Learner:
     """AdamW on the trainable weights of a policy.
 
     `temperature` is that of the samples; `updates` how many there will be in the whole run, for falling schedules.
+    `ranks` are the processes that learn together: every one of them has a learner, that of rank 0 is the one to call.
     """
 
     def __init__(
-        self, policy: Policy, config: LearnerConfig, temperature: float = 1.0, updates: int | None = None
+        self, policy: Policy, config: LearnerConfig, temperature: float = 1.0, updates: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if updates is None and config.schedule != "constant":
             raise ValueError(f"schedule '{config.schedule}' falls over a whole run: say of how many updates")
         self.policy = policy
+        self.ranks = ranks
         self.config = config
         self.temperature = temperature
         self.updates = updates or 1
         self.loss = choose(LOSSES, config.loss, "learner.loss")
         choose(NORMALISATIONS, config.normalise, "learner.normalise")
         choose(BASELINES, config.baseline, "learner.baseline")
-        check_head(policy.causal, policy.name)
-        unpacked = attention.prove(policy.causal)
+        policy.run(check_head, policy.name)
+        unpacked = policy.run(attention.prove)
         width = policy.causal.config.get_text_config().hidden_size
         self.limits = Limits(config.micro_batch_tokens, width, packed=unpacked is None)
         self._appetite: memory.Appetite | None = None
@@ -67,21 +71,36 @@ class Learner:
             self._masters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
 
+    @classmethod
+    def of(cls, config: Config, ranks: Ranks = ALONE) -> Learner:
+        """The learner of a run, with the policy that it loads. Raises EsplError where that cannot be."""
+        policy = ranks.load(config)
+        with ranks.together():
+            return cls(policy, config.learner, config.rollout.temperature, updates=config.steps, ranks=ranks)
+
     def update(self, groups: Sequence[Group]) -> UpdateReport:
         """Learn from one batch of groups (advantages assigned): at most one optimiser step."""
         start = time.perf_counter()
-        batches = self._micro_batches(groups)
-        if not batches:
+        while (report := self.learn(self.ranks.deal(self._micro_batches(groups)))) is None:
+            continue
+        return replace(report, seconds=time.perf_counter() - start)
+
+    def learn(self, batches: Sequence[MicroBatch]) -> UpdateReport | None:
+        """Learn from this rank's share of an update; None where memory ran out and the next attempt will need less."""
+        start = time.perf_counter()
+        if not any(self.ranks.exchange(len(batches))):
             return self._skip(NO_CONTRAST, start)
-        with self.policy.training(), torch.enable_grad():
-            while (tally := self._gradient(batches)) is None:
-                batches = self._micro_batches(groups)
+        with self.policy.training(), torch.enable_grad(), self.ranks.together():
+            tally = self._gradient(batches)
+            if tally is None:
+                return None
             norm = self._gradient_norm()
             if not math.isfinite(norm):
                 self._forget_gradients()
                 return self._skip(NOT_FINITE, start)
             rate = self._rate()
             self._step(rate)
+        self.ranks.merge(tally)
         version = self.policy.advance()
         seconds = time.perf_counter() - start
         return tally.report(version, grad_norm=norm, rate=rate, seconds=seconds, notes=self._heard())
@@ -90,17 +109,18 @@ class Learner:
         """Everything a bit-identical continuation needs, the trained weights included, on the CPU."""
         masters = [] if self._masters[0] is self._weights[0] else self._masters
         state = {
-            "policy": self.policy.state(),
+            "policy": self.policy.trainable_parameters(),
             "version": self.policy.version,
             "steps": self.steps,
             "skipped": dict(self.skipped),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "masters": [m.detach().clone() for m in masters],
+            "optimizer": self.optimizer.state_dict(),
+            "masters": masters,
         }
-        return _on_cpu(state)
+        return self.ranks.gather(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`: weights, version, moments, counters."""
+        """Continue from `state_dict()`: weights, version, moments, counters. How many ranks made it is all the same."""
+        state = self.ranks.spread(state)
         self.policy.load_state(state["policy"], state["version"])
         self.steps = state["steps"]
         self.skipped = Counter(state["skipped"])
@@ -115,43 +135,52 @@ class Learner:
         return pack(training_sequences(groups, config.normalise, config.normalise_constant), self.limits)
 
     def _gradient(self, batches: Sequence[MicroBatch]) -> Tally | None:
-        """The gradient of the whole update; None where memory ran out and the next attempt will need less."""
-        tally = Tally()
-        self._checkpoint_where_needed(max(batch.size for batch in batches))
+        """The gradient of this rank's share; None where memory ran out on one and the next attempt will need less."""
+        tally, failed, why = Tally(), (0, 0), None
+        self._checkpoint_where_needed(max((batch.size for batch in batches), default=0))
         for batch in batches:
             try:
                 with memory.watched():
-                    self._accumulate(batch.to(self.policy.device), tally)
+                    self._accumulate(batch.to(self.policy.device), tally if batch.sequences else Tally())
             except memory.OutOfMemory as error:
-                self._forget_gradients()
-                self._need_less(batch, error)
-                return None
-        return tally
+                if self.ranks.lockstep:
+                    raise memory.explained(error, self.policy.device, batch.size, self.policy.checkpointing) from error
+                failed, why = (batch.size, batch.sequences), memory.OutOfMemory(str(error), error.wanted)
+                break
+        size, sequences = max(self.ranks.exchange(failed))
+        if not size:
+            return tally
+        self._forget_gradients()
+        self._need_less(size, sequences, why)
+        return None
 
     def _checkpoint_where_needed(self, ids: int) -> None:
         """Decide for gradient checkpointing where the largest micro-batch would not fit without."""
-        if self.config.gradient_checkpointing != "auto" or self.policy.checkpointing:
+        if self.config.gradient_checkpointing != "auto" or self.policy.checkpointing or self.ranks.lockstep:
             return
         if self._appetite is None:
             self._appetite = memory.appetite(self.policy.causal)
-        need, there = self._appetite.need(ids, checkpointing=False), memory.free(self.policy.device)
+        mine, there = self._appetite.need(ids, checkpointing=False), memory.free(self.policy.device)
+        _, need, there, ids = max(self.ranks.exchange((mine / max(there, 1), mine, there, ids)))
         if need > memory.USABLE * there and self.policy.causal.supports_gradient_checkpointing:
             self.policy.checkpoint(True)
             self._notes.append(f"gradient checkpointing from now on: {memory.compared(need, there, ids)}")
 
-    def _need_less(self, batch: MicroBatch, error: memory.OutOfMemory) -> None:
+    def _need_less(self, size: int, sequences: int, error: memory.OutOfMemory | None) -> None:
         """Checkpointing where it may be chosen, then smaller micro-batches: the gradient stays the same. Raises
-        EsplError when there is no more to be done.
+        EsplError when there is no more to be done, on the rank whose memory it was.
         """
         if self.config.gradient_checkpointing == "auto" and not self.policy.checkpointing:
             self.policy.checkpoint(True)
             change = "gradient checkpointing"
-        elif batch.sequences > 1:
-            self.limits = replace(self.limits, tokens=max(1, batch.size // 2))
+        elif sequences > 1:
+            self.limits = replace(self.limits, tokens=max(1, size // 2))
             change = f"learner.micro_batch_tokens = {self.limits.tokens}"
+        elif error is not None:
+            raise memory.explained(error, self.policy.device, size, self.policy.checkpointing) from error
         else:
-            raise memory.explained(error, self.policy.device, batch.size, self.policy.checkpointing) from error
-        self._notes.append(f"memory ran out with a micro-batch of {batch.size} ids: {change} from now on")
+            return
+        self._notes.append(f"memory ran out with a micro-batch of {size} ids: {change} from now on")
 
     def _accumulate(self, batch: MicroBatch, tally: Tally) -> None:
         """Add one micro-batch's share to the gradient and to the tally."""
@@ -167,16 +196,15 @@ class Learner:
 
     def _loss_inputs(self, batch: MicroBatch) -> tuple[LossInputs, Tensor]:
         """What the losses work on, log-probabilities with their gradient; and the entropies. [K] each"""
-        logp, entropy = token_logprobs(
-            self.policy.causal, batch.inputs, batch.before, batch.targets, self.temperature
-        )
+        logp, entropy = self.policy.run(token_logprobs, batch.inputs, batch.before, batch.targets, self.temperature)
         bounds = self.config.ratio_bounds
         return LossInputs(logp, batch.behaviour, batch.advantages, batch.weights, batch.rows, bounds=bounds), entropy
 
     def _reference(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities under the frozen base model. [K]"""
-        with self.policy.reference() as base:
-            return token_logprobs(base, batch.inputs, batch.before, batch.targets, self.temperature)[0]
+        where = batch.inputs, batch.before, batch.targets, self.temperature
+        logp: Tensor = self.policy.run(token_logprobs, *where, reference=True)[0]
+        return logp
 
     def _penalty(self, inputs: LossInputs, reference: Tensor, tally: Tally) -> Tensor:
         """What the distance to the base model costs."""
@@ -188,12 +216,13 @@ class Learner:
         return schedules.rate(self.config, self.updates, self.steps, self.skipped.total())
 
     def _gradient_norm(self) -> float:
-        """Hand the gradients to the optimiser's tensors, clip them, and say how long they were before."""
+        """Hand the gradients to the optimiser's tensors, summed over the ranks; clip them, say how long they were."""
         for weight, master in zip(self._weights, self._masters, strict=True):
             if master is not weight and weight.grad is not None:
                 master.grad = weight.grad.float()
                 weight.grad = None
-        return float(torch.nn.utils.clip_grad_norm_(self._masters, self.config.clip))
+        self.ranks.add_up(self._masters)
+        return float(whole(torch.nn.utils.clip_grad_norm_(self._masters, self.config.clip)))
 
     def _step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -217,11 +246,3 @@ class Learner:
     def _heard(self) -> tuple[str, ...]:
         notes, self._notes = tuple(self._notes), []
         return notes
-
-
-def _on_cpu(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.cpu()
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    return [_on_cpu(value) for value in state] if isinstance(state, list) else state

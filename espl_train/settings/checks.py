@@ -53,6 +53,11 @@ def _learning(config: Config) -> Iterator[str]:
             f"rollout.samples is {rollout.samples}: with one sample the baseline {learner.baseline!r} equals the "
             "reward and nothing is ever learnt; use at least 2 samples."
         )
+    if learner.parallel == "fsdp" and config.engine.kind == "local":
+        yield (
+            "learner.parallel is fsdp, but engine.kind is local, which samples from whole weights on rank 0: use "
+            "--engine.kind vllm, or --learner.parallel data."
+        )
     if not all(0 <= beta < 1 for beta in learner.betas):
         yield f"learner.betas is {list(learner.betas)}; both must be at least 0 and below 1."
     yield from _bounds(learner)
