@@ -39,6 +39,8 @@ def test_the_plan_counts_what_would_happen(model: Path) -> None:
     assert rows["templates"].startswith("english")
     assert rows["run directory"].startswith("runs/conventions-v0-")
     assert "the root prompt x 3 problems x 8 samples" in plan(model, mode="rl", **shape)["each step"]
+    dynamic = plan(model, steps=10, rollout__dynamic_rounds=2, **shape)
+    assert dynamic[""].startswith("up to 3 rounds") and dynamic["all"].startswith("10 steps, at most 720 rollouts")
 
 
 @pytest.mark.parametrize(
