@@ -49,7 +49,7 @@ def sum_in(messages: Sequence[dict[str, Any]]) -> str:
 
 @dataclass
 class Server:
-    """Answers `/v1/chat/completions` with `answer(body, number)`: the body of an answer, a response, or None to hang up.
+    """Answers `/v1/chat/completions` with `answer(body, number)`: a body, a response, or None to hang up.
 
     `requests` are the bodies seen, `keys` the keys that came with them; `most` is how many were there at once.
     """

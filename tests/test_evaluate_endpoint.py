@@ -129,7 +129,8 @@ def test_a_slow_reply_is_a_fault(tmp_path: Path) -> None:
 
 def test_a_reply_of_ten_megabytes_is_the_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(body: dict[str, Any], _: int) -> Any:
-        return completion("x" * 10_000_000) if "25 + 25" in body["messages"][-1]["content"] else sum_in(body["messages"])
+        large = "25 + 25" in body["messages"][-1]["content"]
+        return completion("x" * 10_000_000) if large else sum_in(body["messages"])
 
     with serving(after_hello(answer)) as server:
         big, fine = play(tmp_path / "run", door(server), ADD, limit=2)

@@ -54,7 +54,6 @@ class Builtin:
         env: Any = seat.env
         if self._name != "silent" and not isinstance(env, TextEnv):
             raise EsplError(f"the agent {self._name!r} needs a TextEnv, {seat.key.env} is a {type(env).__name__}")
-        draws = np.random.Generator(np.random.Philox(key=seat.seed))
 
         async def oracle(_: Conversation) -> Reply:
             said = env.oracle()
@@ -63,7 +62,10 @@ class Builtin:
         async def silent(_: Conversation) -> Reply:
             return Reply(Message("assistant", ""))
 
+        draws = np.random.Generator(np.random.Philox(key=seat.seed)) if self._name == "random" else None
+
         async def random(_: Conversation) -> Reply:
+            assert draws is not None
             other = int(draws.integers(len(env.tasks)))
             slow = getattr(env.tasks, "slow", False)
             task = await asyncio.to_thread(env.tasks.__getitem__, other) if slow else env.tasks[other]

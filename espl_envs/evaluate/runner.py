@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +23,7 @@ from espl_envs.evaluate.config import EvalConfig
 from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.plan import Arena
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
+from espl_envs.evaluate.scribe import Scribe
 
 T = TypeVar("T")
 
@@ -168,7 +168,7 @@ class Runner:
         self.purse = Purse(limits.max_cost)
         self._arenas = {(arena.config.id, arena.config.split): arena for arena in arenas}
         self._watcher = watcher
-        self._writer = ThreadPoolExecutor(1, "espl-records")     # a disk that is slow keeps no episode waiting
+        self._scribe = Scribe(directory)
         self._faults_in_a_row = self._dropped = 0
 
     async def run(self) -> None:
@@ -184,7 +184,7 @@ class Runner:
         except BaseExceptionGroup as problems:
             raise _first(problems) from None
         finally:
-            await asyncio.to_thread(self._writer.shutdown)
+            await self._scribe.aclose()
             for arena in self._arenas.values():
                 await arena.aclose()
         if self._dropped or next(queue, None) is not None:
@@ -198,7 +198,6 @@ class Runner:
 
     async def _work(self, queue: Iterator[EpisodeKey]) -> None:
         """One place at the table: play episodes until none is left, or none can be paid for."""
-        loop = asyncio.get_running_loop()
         while await self.purse.begin():
             cost = None
             try:
@@ -211,7 +210,7 @@ class Runner:
                 return
             finally:
                 self.purse.end(cost)
-            await loop.run_in_executor(self._writer, self.directory.append, episode)
+            await self._scribe.write(episode)
             self._watcher.finished(episode)
             self._count_faults(episode)
 
@@ -253,7 +252,7 @@ class Runner:
         options: dict[str, Any] = {"task": key.task}
         if self.config.system_prompts:
             options["system_prompt"] = self.config.system_prompts[key.system_prompt]
-        seed, parts = self.config.seed, astuple(key)
+        seed, parts = self.config.seed, (key.env, key.split, key.task, key.sample, key.system_prompt)
         play.messages, play.info = await _of_env(
             env.areset(seed=derive(seed, "environment", *parts), options=options)
         )
