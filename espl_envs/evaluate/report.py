@@ -154,8 +154,11 @@ def _facts(data: Mapping[str, Any]) -> list[dict[str, str]]:
         "name": "episodes", "value": f"{episodes['scored']:,}",
         "note": f"{episodes['faults']:,} faulted, {episodes['missing']:,} missing" if masked else "all scored",
     })  # fmt: skip
-    written, read = usage["completion_tokens"]["total"], usage["prompt_tokens"]["total"]
-    facts.append({"name": "tokens written", "value": _short(written), "note": f"{_short(read)} read"})
+    if usage["completion_tokens"]["mean"] is not None:
+        written, read = usage["completion_tokens"], usage["prompt_tokens"]
+        note = f"{_short(read['total'])} read" if read["mean"] is not None else ""
+        note += f"; {written['unknown']:,} episodes unknown" if written["unknown"] else ""
+        facts.append({"name": "tokens written", "value": _short(written["total"]), "note": note})
     if usage["cost"]:
         cost, each = usage["cost"], usage["cost"]["per_right"]
         note = f"{money(each, cost['currency'])} per right answer" if each else ""

@@ -45,7 +45,7 @@ def summary_table(summary: Summary) -> Any:
             _masked(env["episodes"]) or "0",
         )  # fmt: skip
     usage = data["usage"]
-    facts = [f"{usage['completion_tokens']['total']:,} tokens written, {usage['prompt_tokens']['total']:,} read"]
+    facts = [f"{counted(usage['completion_tokens'])} tokens written, {counted(usage['prompt_tokens'])} read"]
     if usage["cost"]:
         facts.append(money(usage["cost"]["total"], usage["cost"]["currency"]))
     facts.append(f"{data['episodes']['scored']:,} of {data['episodes']['expected']:,} episodes")
@@ -131,6 +131,13 @@ def interval(values: Mapping[str, Any]) -> str:
 def share(values: Mapping[str, Any] | None) -> str:
     """The mean alone."""
     return "—" if not values or values["mean"] is None else f"{values['mean']:.3f}"
+
+
+def counted(values: Mapping[str, Any]) -> str:
+    """A total, as far as it is known."""
+    if values["mean"] is None:
+        return "unknown"
+    return f"{'at least ' if values['unknown'] else ''}{values['total']:,}"
 
 
 def money(amount: float, currency: str) -> str:
