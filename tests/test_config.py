@@ -296,3 +296,7 @@ def test_pair_presets_have_registered_ids_and_the_numbers_of_the_paper(name: str
         0.1,
     )
     assert (rating.delta_sigma, rating.ties, rating.inheritance) == (1.0, "tolerance", "reference")
+
+
+def test_the_engine_has_a_short_form() -> None:
+    assert parse(["--engine", "vllm"]).overrides == {"engine.kind": "vllm"}

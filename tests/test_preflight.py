@@ -81,3 +81,55 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EsplError, match=r"config\.json"):
         plan(tmp_path)
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from espl_train.engines import choice, vllm_core
+
+    monkeypatch.setattr(vllm_core, "installed", lambda: None)
+    monkeypatch.setattr(choice, "_vllm_build", lambda: "0.32.0+cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"learner__rank": 513}, "learner.rank is 513, but vLLM serves adapters of rank 512 at most"),
+        ({"learner__mode": "full"}, "learner.mode 'full': vLLM holds one set of base weights"),
+        ({"engine__context": 4096}, "engine.context is 4096, but .* reads 2048 tokens in all"),
+        ({"engine__context": 64}, "rollout.max_new_tokens is 512, but .* reads 64 tokens in all"),
+        ({"engine__kv_gb": 1e-6}, "engine.kv_gb is 1e-06, but one sequence of 2048 tokens needs"),
+        ({"rollout__temperature": 3}, "rollout.temperature is 3, but vLLM samples at temperatures from 0.01 to 2"),
+        ({"model__device": "cuda"}, "model.device is 'cuda', but torch cannot use it"),
+    ],
+)
+@pytest.mark.usefixtures("with_vllm")
+def test_what_vllm_cannot_do_is_said_before_it_starts(model: Path, overrides: dict[str, Any], said: str) -> None:
+    with pytest.raises(EsplError, match=said):
+        plan(model, engine__kind="vllm", rollout__max_new_tokens=512, **overrides)
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (24, 32), (33, 64), (257, 320), (512, 512)])
+def test_ranks_are_rounded_up_to_those_that_vllm_has(rank: int, served: int) -> None:
+    from espl_train.engines.vllm_core import rank_served
+
+    assert rank_served(rank) == served
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_the_engine_stands_in_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from espl_train.engines import choice
+
+    assert plan(model, engine__kind="vllm", engine__slots=7)["engine"] == "vllm, 7 sequences at once"
+    assert plan(model)["engine"] == "local, 256 sequences at once"
+    monkeypatch.setattr(choice, "_vllm_build", lambda: "0.32.0")
+    with pytest.raises(EsplError, match=r"the installed vLLM \(0.32.0\) is built for GPUs"):
+        plan(model, engine__kind="vllm")
+
+
+def test_a_missing_vllm_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from espl_train.engines import vllm_core
+
+    monkeypatch.setattr(vllm_core, "find_spec", lambda _: None)
+    with pytest.raises(EsplError, match=r"engine.kind = 'vllm' needs the extra 'vllm': pip install 'espl\[vllm\]'"):
+        plan(model, engine__kind="vllm")

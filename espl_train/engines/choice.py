@@ -59,11 +59,6 @@ def _vllm_problems(config: Config) -> Iterator[str]:
             "engine.kind is 'vllm' and learner.mode 'full': vLLM holds one set of base weights, and reflection and "
             "reference need those of the start; train an adapter (--learner.mode lora) or sample with --engine local"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield (
-            "engine.kind is 'vllm' under torchrun: vLLM in the learner's process takes torch.distributed for itself; "
-            "train in one process, or sample with --engine local"
-        )
     if device.type not in ("cuda", "cpu"):
         yield f"model.device is '{device}', which vLLM does not know; use cuda or cpu, or --engine local"
     if device.type == "cuda" and device.index:

@@ -97,16 +97,9 @@ class Probe:
                 raise self._error(policy, self.distance, "on fixed passages", self._guess(claims, served))
         return served
 
-    @torch.no_grad()
     def _claims(self, passages: Sequence[Sequence[int]], version: int | None, temperature: float = 1.0) -> list[Values]:
         """The learner's own log-probabilities, by the code that it trains with."""
-        def all_under(model: Any) -> list[Values]:
-            return [sequence_logprobs(model, p, GIVEN, temperature).double().tolist() for p in passages]
-
-        if version is not None:
-            return all_under(self.policy.causal)
-        with self.policy.reference() as base:
-            return all_under(base)
+        return self.policy.run(_logprobs, passages, temperature, reference=version is None)
 
     def _answers(self, witness: Witness, version: int) -> None:
         """Sampling itself: decoding, temperature in the log-probabilities, the base model in the same batch."""
@@ -151,6 +144,11 @@ class Probe:
             f"the engine does not serve {_name(policy)}: its log-probabilities {where} are {distance:.2g} from the "
             f"learner's on average, at most {self.tolerance:g} is rounding{why}"
         )
+
+
+@torch.no_grad()
+def _logprobs(causal: Any, passages: Sequence[Sequence[int]], temperature: float) -> list[Values]:
+    return [sequence_logprobs(causal, passage, GIVEN, temperature).double().tolist() for passage in passages]
 
 
 def _name(policy: int | None) -> str:

@@ -1,9 +1,10 @@
-"""vLLM itself, in this process and without a clock of its own: requests go in, `step` decodes one token for all.
+"""vLLM itself, without a clock of its own: requests go in, `step` decodes one token for all.
 
 Everything that is vLLM's, its arguments, its traps and its names, is in this file; when to step, which version to
 serve and whether to believe it is said in `vllm.py`. Written against vLLM 0.32.
 
-One thread makes, steps and closes a core. The log-probabilities are those of the processed distribution; vLLM's
+It works in this process; where torch.distributed belongs to a learner on several ranks, in one of its own. One thread
+makes, steps and closes a core. The log-probabilities are those of the processed distribution; vLLM's
 default is the raw one.
 """
 
@@ -75,7 +76,7 @@ class Core:
         self.device = device
         self._adapter: Adapter | None = None
         self._engine: Any = None
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"      # the engine's core in this process, not in another
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(_ranks() > 1))
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         with _undisturbed():
@@ -208,6 +209,10 @@ def _parameters(asked: Request | Score) -> Any:
         temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed, max_tokens=asked.max_new,
         stop_token_ids=list(asked.stop_ids), logprobs=0, **settings,
     )
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _lora(rank: int, targets: Sequence[str], device: torch.device) -> dict[str, Any]:
