@@ -46,7 +46,7 @@ def episodes(draw: st.DrawFn) -> Episode:
 
 
 @given(episodes())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_an_episode_survives_its_line(one: Episode) -> None:
     line = one.to_json()
     assert "\n" not in line and "\r" not in line

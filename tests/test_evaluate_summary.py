@@ -14,6 +14,7 @@ from espl_envs.evaluate import summary as summary_module
 from espl_envs.evaluate.config import Prices
 from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
+from espl_envs.evaluate.report import write_report
 from espl_envs.evaluate.summary import summarise
 
 OTHER = "espl/Game24-v0"
@@ -136,6 +137,18 @@ def test_tokens_money_and_time_are_counted_and_the_unknown_is_named(tmp_path: Pa
     assert data["envs"][0]["budgets"]["completion_tokens"] is None, "one unknown count makes the curve a guess"
     calls = data["envs"][0]["budgets"]["tool_calls"]
     assert [calls[b]["mean"] for b in "012"] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+
+
+def test_what_nobody_counted_is_unknown_and_not_nothing(tmp_path: Path) -> None:
+    silent = (TurnUsage(None, None, 0, 1.0),)
+    change = lambda one: replace(one, turns=silent)  # noqa: E731
+    run = write_run(tmp_path / "run", {ENV: [[1.0]]}, change=change, prices=Prices(1, 1))
+    summary = summarise(run)
+    nothing = {"total": None, "mean": None, "median": None, "p95": None, "max": None, "unknown": 1}
+    assert summary.data["usage"]["completion_tokens"] == nothing
+    assert summary.data["usage"]["cost"] == {"currency": "USD", "per_right": None, **nothing}
+    assert "1 of 1 episodes" in str(summary) and "tokens" not in str(summary)
+    assert write_report(run).exists()
 
 
 def test_budget_curves_end_at_the_mean(tmp_path: Path) -> None:

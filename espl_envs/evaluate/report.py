@@ -159,7 +159,7 @@ def _facts(data: Mapping[str, Any]) -> list[dict[str, str]]:
         note = f"{_short(read['total'])} read" if read["mean"] is not None else ""
         note += f"; {written['unknown']:,} episodes unknown" if written["unknown"] else ""
         facts.append({"name": "tokens written", "value": _short(written["total"]), "note": note})
-    if usage["cost"]:
+    if usage["cost"] and usage["cost"]["total"] is not None:
         cost, each = usage["cost"], usage["cost"]["per_right"]
         note = f"{money(each, cost['currency'])} per right answer" if each else ""
         facts.append({"name": "cost", "value": money(cost["total"], cost["currency"]), "note": note})
@@ -213,7 +213,9 @@ def _message(message: Any, turn: TurnUsage | None) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """0.21 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    """0.7 ms, 0.21 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 0.01:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 10:
         return f"{seconds:.2g} s"
     total = round(seconds)

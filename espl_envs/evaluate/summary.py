@@ -235,7 +235,7 @@ def _usage(episodes: Sequence[Episode], currency: str | None) -> dict[str, Any]:
     """Tokens, tool calls, money and time of all episodes that are there, faults included: they were paid for, too."""
     right = sum(episode.score is not None and episode.score >= 1 for episode in episodes)
     cost = _spread(episode.cost for episode in episodes)
-    each = cost["total"] / right if right else None
+    each = cost["total"] / right if right and cost["total"] is not None else None
     ends = [(at, at + e.seconds) for e in episodes if (at := _timestamp(e.started)) is not None]
     return {
         "episodes": len(episodes),
@@ -255,7 +255,7 @@ def _spread(values: Iterable[float | None]) -> dict[str, Any]:
     listed = list(values)
     known = sorted(value for value in listed if value is not None)
     if not known:
-        return {"total": 0, "mean": None, "median": None, "p95": None, "max": None, "unknown": len(listed)}
+        return {"total": None, "mean": None, "median": None, "p95": None, "max": None, "unknown": len(listed)}
     return {
         "total": sum(known), "mean": sum(known) / len(known), "median": statistics.median(known),
         "p95": known[math.ceil(0.95 * len(known)) - 1], "max": known[-1], "unknown": len(listed) - len(known),

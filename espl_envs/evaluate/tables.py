@@ -45,8 +45,9 @@ def summary_table(summary: Summary) -> Any:
             _masked(env["episodes"]) or "0",
         )  # fmt: skip
     usage = data["usage"]
-    facts = [f"{counted(usage['completion_tokens'])} tokens written, {counted(usage['prompt_tokens'])} read"]
-    if usage["cost"]:
+    written, read = usage["completion_tokens"], usage["prompt_tokens"]
+    facts = [f"{counted(written)} tokens written, {counted(read)} read"] if written["mean"] is not None else []
+    if usage["cost"] and usage["cost"]["total"] is not None:
         facts.append(money(usage["cost"]["total"], usage["cost"]["currency"]))
     facts.append(f"{data['episodes']['scored']:,} of {data['episodes']['expected']:,} episodes")
     parts = [headline, table, text(" · ".join(facts), "dim")]
