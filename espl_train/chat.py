@@ -1,9 +1,11 @@
 """Conversations as exact token ids: a prompt is rendered once, and what was sampled is never rendered again.
 
-`open` renders messages through the model's own chat template; `extend` gives the ids that the template adds after a
-reply. The next turn appends them to the sampled ids, so decoding and re-encoding never happens. That is only right for
-templates that never rewrite what stands already: `check` proves it at the start, by message type. One renderer serves
-training, reflection and evaluation. Special tokens spelled out in a message's text are data: they are encoded as text.
+`open` renders messages through the model's own chat template; `follow` gives the ids that the template adds after a
+reply. The next turn appends them to the sampled ids, so decoding and re-encoding never happens. Some templates rewrite
+what stands already (most drop the thinking of earlier replies): `check` finds out at the start, by message type, and
+where that happens the conversation forks: the whole prompt is rendered anew, and a new training sequence begins with
+it. One renderer serves training, reflection and evaluation. Special tokens spelled out in a message's text are data:
+they are encoded as text.
 """
 
 from __future__ import annotations
@@ -37,13 +39,27 @@ class Chat:
         special = sorted((token for token in tokenizer.all_special_tokens if token), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
         self._open = lru_cache(maxsize=4096)(self._render_ids)
-        self._rewrites: dict[str, str] = {}      # follow-up → what the template does to what stands already
+        self._refused: dict[str, str] = {}       # follow-up → why the template does not take it
+        self._rewriting: set[str] = set()        # follow-ups before which it may change what stands already
         self._checked = False
         self.stop_ids = self._find_stop_ids()
 
     def open(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
         """The ids of a prompt: the messages and the generation prompt. Raises EsplError where the template refuses."""
         return list(self._open(tuple(messages), tuple(tools)))
+
+    def follow(
+        self, messages: Sequence[Message], new: Sequence[Message], tools: Sequence[ToolSpec] = (), *,
+        sampled: Sequence[int] | None = None,
+    ) -> tuple[list[int], bool]:
+        """What the model reads after a reply, and whether that is a fork: False: ids to append to what stands already;
+        True: the whole prompt anew, because the template changes what stands.
+
+        `messages` end with the reply. Raises EsplError where the template does not take the `new` messages.
+        """
+        if self._rewrites(messages, new, tools):
+            return self.open((*messages, *new), tools), True
+        return self.extend(messages, new, tools, sampled=sampled), False
 
     def extend(
         self, messages: Sequence[Message], new: Sequence[Message], tools: Sequence[ToolSpec] = (), *,
@@ -52,13 +68,12 @@ class Chat:
         """The ids to append after a reply: the rest of its turn, the `new` messages and the generation prompt.
 
         `messages` end with the reply. `sampled` are its ids: where they do not end with the template's end-of-turn
-        token, that token is part of the result (None: they do). Raises EsplError where the template is not append-only.
+        token, that token is part of the result (None: they do). Right where the template changes nothing that stands.
         """
         if not messages or messages[-1].role != "assistant" or not new:
             raise ValueError("extend takes a conversation that ends with the reply, and at least one new message")
-        for kind in {message.role for message in new}:
-            if kind in self._rewrites:
-                raise EsplError(self._rewrites[kind])
+        for kind in {message.role for message in new} & self._refused.keys():
+            raise EsplError(self._refused[kind])
         ids = self._encode(*self._after_reply(tuple(new), tuple(tools)))
         ended = sampled is None or (len(sampled) > 0 and sampled[-1] == ids[0])
         return ids[1:] if ended and ids[0] in self.stop_ids else ids
@@ -69,42 +84,51 @@ class Chat:
         return str(self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def check(self, follow_ups: Iterable[FollowUp] = ("user", "tool")) -> None:
-        """Prove that the template takes system prompts and only ever appends. Raises EsplError where it does not.
+        """Prove that the template takes system prompts and what follows replies. Raises EsplError where it does not.
 
         `follow_ups` are the types of messages that the environment sends after a reply; none for single replies.
-        What is not asked for is examined too: `extend` refuses it later.
+        What is not asked for is examined too: `follow` refuses it later. A template that changes what stands is no
+        error: it makes forks.
         """
         if not self._checked:
             self._render((Message("system", "Be brief."), Message("user", "What is 2+2?")))
             kinds: tuple[FollowUp, ...] = ("user", "tool")
-            self._rewrites = {kind: problem for kind in kinds if (problem := self._rewriting(kind))}
+            for kind in kinds:
+                self._examine(kind)
             self._checked = True
         for kind in follow_ups:
-            if kind in self._rewrites:
-                raise EsplError(self._rewrites[kind])
+            if kind in self._refused:
+                raise EsplError(self._refused[kind])
 
-    def _rewriting(self, kind: FollowUp) -> str | None:
-        """What is wrong with messages of this type after a reply, in one sentence; None if nothing is."""
+    def _examine(self, kind: FollowUp) -> None:
+        """Find out what the template makes of messages of this type after a reply."""
         for system in ((), (Message("system", "Be brief."),)):
             for reply in ("4", "<think>\nTwo and two.\n</think>\n\nIt is 4."):
-                conversation = (*system, Message("user", "What is 2+2?"))
+                conversation: tuple[Message, ...] = (*system, Message("user", "What is 2+2?"))
                 try:
-                    built = self._render(conversation)
                     for turn in range(3):
                         new = (Message(kind, f"Result {turn}"), *([Message(kind, "More")] if kind == "tool" else []))
-                        conversation = (*conversation, Message("assistant", reply), *new)
-                        built += reply + self._after_reply(new)[0]
-                    whole = self._render(conversation)
+                        conversation = (*conversation, Message("assistant", reply))
+                        if self._changes(conversation, new):
+                            self._rewriting.add(kind)
+                        conversation = (*conversation, *new)
                 except EsplError as error:
-                    return str(error)
-                if whole != built:
-                    what = "thinking in earlier replies" if "think" in reply else "earlier messages"
-                    return (
-                        f"the chat template of {self.name} changes {what} when a {kind} message follows, so the exact "
-                        "tokens of a conversation cannot be kept: "
-                        "use an environment with single replies or another model"
-                    )
-        return None
+                    self._refused[kind] = str(error)
+                    return
+
+    def _rewrites(self, messages: Sequence[Message], new: Sequence[Message], tools: Sequence[ToolSpec]) -> bool:
+        """Whether these messages make the template change what stands: asked only of the types that may."""
+        kinds = {message.role for message in new}
+        return bool(kinds & self._rewriting) and not kinds & self._refused.keys() and self._changes(
+            tuple(messages), tuple(new), tuple(tools)
+        )
+
+    def _changes(
+        self, messages: tuple[Message, ...], new: tuple[Message, ...], tools: tuple[ToolSpec, ...] = ()
+    ) -> bool:
+        """Whether the whole conversation reads otherwise than its prompt, the reply that ends it, and what follows."""
+        built = self._render(messages[:-1], tools) + messages[-1].content + self._after_reply(new, tools)[0]
+        return self._render((*messages, *new), tools) != built
 
     def _render_ids(self, messages: tuple[Message, ...], tools: tuple[ToolSpec, ...]) -> tuple[int, ...]:
         hidden, table = self._hide(messages)
@@ -115,7 +139,7 @@ class Chat:
     ) -> tuple[str, dict[str, str]]:
         """The template's text between a reply and the next one, and the special tokens that were spelled out in it.
 
-        The conversation before makes no difference (`check` proves it), so the shortest one is rendered.
+        The conversation before makes no difference (else the template rewrites), so the shortest one is rendered.
         """
         hidden, table = self._hide(new)
         whole = self._render((Message("user", "Hello"), Message("assistant", STANDIN), *hidden), tools)

@@ -201,7 +201,7 @@ class Collector:
         )
         if player.tools:
             self.chat.check(("tool",))
-        context = self.chat.open(episode.messages)
+        context, fork = self.chat.open(episode.messages), False
         tokens = list(context)
         while len(tokens) < self.engine.context_length:
             room = min(self.engine.context_length - len(tokens), limits.max_total_tokens - episode.sampled)
@@ -215,7 +215,7 @@ class Collector:
                 policy=batch.policy,
                 session=session,
             ))
-            episode.turns.append(Turn(tuple(context), sample.tokens, sample.logprobs))
+            episode.turns.append(Turn(tuple(context), sample.tokens, sample.logprobs, fork))
             said = len(episode.messages) + 1
             ended = await self._step(episode, player, self.chat.text(sample.tokens))
             if ended is not None:
@@ -224,8 +224,9 @@ class Collector:
                 return StopReason.MAX_TURNS
             if episode.sampled >= limits.max_total_tokens:
                 return StopReason.MAX_TOKENS
-            context = self.chat.extend(episode.messages[:said], episode.messages[said:], sampled=sample.tokens)
-            tokens += [*sample.tokens, *context]
+            before, new = episode.messages[:said], episode.messages[said:]
+            context, fork = self.chat.follow(before, new, sampled=sample.tokens)
+            tokens = list(context) if fork else [*tokens, *sample.tokens, *context]
         return StopReason.CONTEXT
 
     async def _step(self, episode: _Episode, player: Player, reply: str) -> StopReason | None:

@@ -53,6 +53,7 @@ SYSTEM_LAST = """\
 {%- elif message.role == 'assistant' %}{{ message.content }}</s>
 {%- elif message.role == 'tool' %}[R]{{ message.content }}[/R]{% endif %}{% endfor %}"""
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+NO_TOOL = "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endfor %}" + CHATML
 TEMPLATES = {"qwen2": QWEN2, "qwen3": QWEN3, "llama3": LLAMA3}
 SPECIAL = {
     "llama3": ("<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from chat_kit import NO_SYSTEM, SPECIAL, SYSTEM_LAST, TEMPLATES, byte_tokenizer, tokenizer_for
+from chat_kit import NO_SYSTEM, NO_TOOL, SPECIAL, SYSTEM_LAST, TEMPLATES, byte_tokenizer, tokenizer_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,21 +138,48 @@ def test_the_text_of_a_reply_is_verbatim_without_its_stop_token() -> None:
     assert chat.text([0xF0, 0x9F, end]) == "\ufffd"
 
 
-def test_a_template_that_drops_earlier_thinking_is_refused_only_where_that_matters() -> None:
+def test_a_template_that_drops_earlier_thinking_forks_where_it_does_and_nowhere_else() -> None:
     chat = Chat(tokenizer_for("qwen3"))
-    chat.check(())
-    chat.check(("tool",))
-    with pytest.raises(EsplError, match="changes thinking in earlier replies when a user message follows"):
-        chat.check()
-    assert chat.extend((said("r"),), (tool("t"),))
-    with pytest.raises(EsplError, match="single replies or another model"):
-        chat.extend((said("r"),), (user("u"),))
+    chat.check()
+    asked: Conversation = (system("s"), user("q"))
+    thought, plain = said("<think>\nhm\n</think>\n\nr"), said("r")
+    context, fork = chat.follow((*asked, thought), (user("u"),))
+    assert fork
+    assert context == chat.open((*asked, plain, user("u")))                     # as if it had never thought
+    for reply, new in ((thought, tool("t")), (plain, user("u"))):
+        context, fork = chat.follow((*asked, reply), (new,))
+        assert not fork
+        assert context == chat.extend((*asked, reply), (new,))
+    later = (*asked, thought, user("u"), plain)
+    context, fork = chat.follow(later, (user("v"),))
+    assert not fork                                                             # what stands has forgotten it already
+    stands = [*chat.open(later[:-1]), *chat.tokenizer("r")["input_ids"]]
+    assert [*stands, *chat.extend(later, (user("v"),), sampled=())] == chat.open((*later, user("v")))
 
 
-def test_a_template_that_moves_the_system_prompt_is_refused() -> None:
+def test_a_template_that_moves_the_system_prompt_forks_at_every_turn() -> None:
     chat = Chat(byte_tokenizer(SYSTEM_LAST, "inst"))
-    with pytest.raises(EsplError, match="changes earlier messages when a user message follows"):
+    chat.check()
+    talk = (system("s"), user("q"), said("r"))
+    for new in (user("u"), tool("t")):
+        assert chat.follow(talk, (new,)) == (chat.open((*talk, new)), True)
+
+
+def test_templates_that_only_append_are_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = CHATS["qwen2"]
+    chat.check()
+    monkeypatch.setattr(chat, "_changes", lambda *_: pytest.fail("the whole conversation was rendered again"))
+    talk, new = (user("q"), said("r")), (user("u"),)
+    assert chat.follow(talk, new) == (chat.extend(talk, new), False)
+
+
+def test_a_message_type_that_the_template_does_not_take_is_refused() -> None:
+    chat = Chat(byte_tokenizer(NO_TOOL))
+    chat.check(())
+    with pytest.raises(EsplError, match=r"refuses a conversation of user, assistant, tool, tool: no tools here"):
         chat.check()
+    with pytest.raises(EsplError, match="no tools here"):
+        chat.follow((user("q"), said("r")), (tool("t"),))
 
 
 def test_a_template_without_a_system_role_is_refused() -> None:

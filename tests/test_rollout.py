@@ -8,12 +8,13 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
 import pytest
 import torch
-from chat_kit import tokenizer_for
+from chat_kit import SYSTEM_LAST, byte_tokenizer, tokenizer_for
 from learner_kit import tiny_model
 from toy import PatientEnv, ToyEnv, call
 
@@ -24,7 +25,9 @@ from espl_train.config import EngineConfig, LearnerConfig, RolloutConfig
 from espl_train.engines.base import EngineError, Request, Sample
 from espl_train.engines.local import LocalEngine
 from espl_train.learner.policy import Policy
-from espl_train.records import Rollout, RolloutKey, StopReason
+from espl_train.learner.sequences import training_sequences
+from espl_train.learner.update import Learner
+from espl_train.records import Group, Rollout, RolloutKey, StopReason
 from espl_train.rollout import Collector, Job
 
 CHAT = Chat(tokenizer_for("qwen2"))
@@ -431,3 +434,41 @@ def test_the_same_seed_gives_the_same_bits_however_slow_environments_are() -> No
 
 def test_the_same_seed_gives_the_same_bits_with_fewer_places_than_episodes() -> None:
     assert bits(really_play(0, concurrency=7)) == bits(really_play(1, concurrency=7))
+
+
+def test_a_template_that_drops_thinking_makes_the_conversation_fork() -> None:
+    chat = Chat(tokenizer_for("qwen3"))
+    replies = iter(["<think>\nhm\n</think>\n\nno", "still no", "\\boxed{0}"])
+    played, engine = collector(lambda _: next(replies), chat=chat)
+    (rollout,) = played.collect(jobs(1, "Be brief."), policy=0)
+    assert [turn.fork for turn in rollout.turns] == [False, True, False]
+    assert rollout.forks == 1
+    forked = engine.requests[1].tokens
+    assert forked == rollout.turns[1].context == tuple(chat.open(rollout.messages[:-3]))
+    assert "hm" not in chat.tokenizer.decode(list(forked))
+    assert engine.requests[2].tokens == (*forked, *rollout.turns[1].tokens, *rollout.turns[2].context)
+    first, second = training_sequences([Group("p0", 0, "t", (rollout,), (1.0,))])
+    assert (*first.ids.tolist(), STOP) == (*rollout.turns[0].context, *rollout.turns[0].tokens)
+    assert len(second.targets) == len(rollout.turns[1].tokens + rollout.turns[2].tokens)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_what_was_sampled_after_a_fork_is_learnt_as_it_was_sampled(forgotten: bool) -> None:
+    tokenizer = byte_tokenizer(SYSTEM_LAST, "inst")
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    policy = Policy(model, tokenizer, LearnerConfig(rank=4))
+    engine = LocalEngine(policy, EngineConfig())
+    engine.load_policy(0)
+    played = Collector(Logged, Chat(tokenizer), engine, RolloutConfig(max_new_tokens=6, max_turns=3), 0)
+    try:
+        rollouts = tuple(played.collect(jobs(6, "Be brief."), policy=0))
+    finally:
+        played.close()
+        engine.close()
+    assert {rollout.forks for rollout in rollouts} == {2}
+    if forgotten:                      # mutant: the fork is not marked, so its context is taken for an appended one
+        rollouts = tuple(replace(r, turns=tuple(replace(t, fork=False) for t in r.turns)) for r in rollouts)
+    group = Group("p0", 0, "t", rollouts, (1.0, -1.0, 1.0, -1.0, 1.0, -1.0))
+    report = Learner(policy, policy.config).update([group])
+    assert report.sequences == (6 if forgotten else 18)
+    assert (abs(report.ratio_mean - 1) < 1e-5 and report.behaviour_kl < 1e-8) is not forgotten
