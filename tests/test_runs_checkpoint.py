@@ -201,6 +201,22 @@ def test_without_a_good_checkpoint_the_error_says_what_to_do(tmp_path: Path) -> 
         load_newest(tmp_path, lambda _: None)
 
 
+@pytest.mark.parametrize(("version", "said"), [(1, "made by an older version"), (99, "made by another version")])
+def test_a_checkpoint_of_another_format_is_not_called_damaged(tmp_path: Path, version: int, said: str) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, payloads(step), keep=3)
+    for step in (2, 1):
+        path = tmp_path / f"step-{step:06d}" / "MANIFEST.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": version}))
+        warnings: list[str] = []
+        if step == 2:                   # the one before it still serves, as with any other fault
+            assert load_newest(tmp_path, warnings.append)[0] == 1 and said in warnings[0]
+            continue
+        with pytest.raises(CheckpointError, match=rf"step-000002 was {said}.* start a new one") as refused:
+            load_newest(tmp_path, warnings.append)
+        assert warnings == [] and "damaged" not in str(refused.value)
+
+
 def test_a_manifest_is_readable_by_people(tmp_path: Path) -> None:
     path = save(tmp_path, 12, payloads(12), keep=1)
     manifest = json.loads((path / "MANIFEST.json").read_text())

@@ -33,6 +33,10 @@ class Damaged(Exception):
     """One checkpoint directory does not match its manifest."""
 
 
+class Foreign(Damaged):
+    """One checkpoint is of another format."""
+
+
 def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -73,13 +77,21 @@ def load_newest(folder: Path, warn: Callable[[str], None] = to_stderr) -> tuple[
     found = steps(folder)
     if not found:
         raise CheckpointError(f"There is no checkpoint in {folder}.")
+    foreign = ""
     for step in reversed(found):
         path = folder / f"step-{step:06d}"
         try:
-            return step, _read(path, step)
+            payloads = _read(path, step)
+        except Foreign as other:
+            foreign = foreign or f"The checkpoint {path} {other}"
         except Damaged as damage:
             warn(f"The checkpoint {path} is damaged ({damage}); trying the one before it.")
+        else:
+            if foreign:
+                warn(foreign)
+            return step, payloads
     raise CheckpointError(
+        foreign or
         f"All {len(found)} checkpoints in {folder} are damaged; restore one from a backup or start the run anew."
     )
 
@@ -186,8 +198,14 @@ def _read(path: Path, step: int) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise Damaged(f"{MANIFEST} is unreadable") from None
-    if version != FORMAT or written != step:
-        raise Damaged(f"{MANIFEST} speaks of format {version}, step {written}")
+    if written != step:
+        raise Damaged(f"{MANIFEST} speaks of step {written}")
+    if version != FORMAT:
+        made = "an older" if isinstance(version, int) and version < FORMAT else "another"
+        raise Foreign(
+            f"was made by {made} version of espl (format {version}, here {FORMAT}): continue the run with that "
+            "version, or start a new one."
+        )
     for file, (size, digest) in files.items():
         if not (path / file).is_file():
             raise Damaged(f"{file} is missing")
