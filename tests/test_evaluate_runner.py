@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import toy
 from evaluate_kit import ADD, PATIENT, TOOLS, Scripted, Watcher, lines, play
+from rich.console import Console
 
 from espl_envs.core.errors import EnvironmentFault, EsplError
 from espl_envs.core.messages import Message
@@ -303,10 +305,15 @@ def test_progress_is_a_line_with_everything_and_hostile_text_is_tamed() -> None:
     progress.finished(episode(8, None))
     progress.finished(episode(10, 0.0, error="\x1b[2J\u202eraised"))
     assert progress.line() == (
-        "11/100 episodes, mean 0.900 ± 0.203, 100 tokens/s, cost 0.25, 1 faults, 1 agent errors, 3 requests of 32, "
+        "11/100 episodes, mean 0.900 ± 0.203, 100 tokens/s, cost 0.25, 1 fault, 1 agent error, 3 requests of 32, "
         "1 min 29 s left"
     )
     assert screen.lines == ["  fault: gone", "  agent_error: [2J raised"]
+    progress.pulse, now = 10.0, 40.0
+    assert "the event loop has stood still for 30 s: an `async def` agent must await" in progress.line()
+    drawn = io.StringIO()
+    Console(file=drawn, width=300).print(progress._panel())
+    assert progress.line() in drawn.getvalue() and "agent_error: [2J raised" in drawn.getvalue()
 
 
 def test_nobody_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ The answer is on stdout, everything else on stderr.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
 import json
@@ -179,12 +180,15 @@ async def _play(prepared: _Evaluation, directory: RunDirectory, agent: Agent) ->
         progress.standing = agent.standing
         if directory.torn:
             progress.warn(f"the last record was cut off ({directory.torn} bytes); its episode is played again")
+        beat = asyncio.create_task(progress.beat())
         try:
             await Runner(directory, prepared.arenas, agent, prepared.limits, progress).run()
         except Halted:
             raise
         except EsplError as problem:
             raise _Ended(str(problem)) from problem
+        finally:
+            beat.cancel()
 
 
 def _results(run: Path, allow_faults: bool, as_json: bool) -> int:

@@ -5,6 +5,7 @@ All of it goes to stderr. Sentences that quote an agent or a server are freed of
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -19,6 +20,8 @@ from espl_envs.evaluate.records import Episode, Outcome, TurnUsage
 EVERY_S = 15.0
 SHOWN = 3               # sentences in the panel
 TOLD = 5                # different sentences that are told elsewhere
+STILL_S = 5.0           # without a sign of life of the event loop, before that is said
+BLOCKED = "an `async def` agent must await what takes time, or be a plain function"
 
 
 @dataclass(slots=True)
@@ -67,6 +70,7 @@ class Progress:
         except ImportError:
             raise MissingExtra("eval", "espl-eval") from None
         self.standing: Callable[[], str] = str
+        self.pulse: float | None = None                 # when the event loop was last seen to turn
         self._out = console or Console(stderr=True, highlight=False)
         self._total, self._title, self._quiet, self._clock = total, title, quiet, clock
         self._mean, self._outcomes = RunningMean(), Counter[Outcome]()
@@ -95,6 +99,12 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    async def beat(self) -> None:
+        """Shows, as a task of its own, that the event loop turns."""
+        while True:
+            self.pulse = self._clock()
+            await asyncio.sleep(1.0)
 
     def paid(self, usage: TurnUsage) -> None:
         """A model call was made."""
@@ -128,10 +138,10 @@ class Progress:
                 parts.append(f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s")
             if self._cost:
                 parts.append(f"cost {self._cost:,.4g}")
-            for outcome, word in ((Outcome.FAULT, "faults"), (Outcome.AGENT_ERROR, "agent errors")):
-                if self._outcomes[outcome]:
-                    parts.append(f"{self._outcomes[outcome]:,} {word}")
-            parts += [self.standing(), self._left(seconds)]
+            for outcome, word in ((Outcome.FAULT, "fault"), (Outcome.AGENT_ERROR, "agent error")):
+                if count := self._outcomes[outcome]:
+                    parts.append(f"{count:,} {word}{'s' if count > 1 else ''}")
+            parts += [self.standing(), self._left(seconds), self._blocked()]
         return ", ".join(part for part in parts if part)
 
     def _count(self, episode: Episode) -> None:
@@ -148,6 +158,11 @@ class Progress:
             return ""
         return f"{duration(seconds / self._played * (self._total - self._done))} left"
 
+    def _blocked(self) -> str:
+        """The loop that everybody shares stands still when one agent does not await."""
+        still = 0.0 if self.pulse is None else self._clock() - self.pulse
+        return f"the event loop has stood still for {duration(still)}: {BLOCKED}" if still > STILL_S else ""
+
     def _say(self, text: str) -> None:
         if not self._quiet:
             self._spoke = self._clock()
@@ -159,17 +174,21 @@ class Progress:
                 self._say(self.line())
 
     def _panel(self) -> Any:
-        from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
         text = self.line()
         with self._lock:
             often = [f"{count:,} × {said}" if count > 1 else said for said, count in self._sentences.most_common(SHOWN)]
             bar = ProgressBar(total=self._total, completed=min(self._done, self._total))
-        notes = [Text(said, "dim", no_wrap=True, overflow="ellipsis") for said in often]
-        return Panel(Group(bar, Text(text), *notes), title=Text(self._title), title_align="left", border_style="dim")
+        rows = Table.grid(expand=True)
+        rows.add_row(bar)
+        rows.add_row(Text(text))
+        for said in often:
+            rows.add_row(Text(said, "dim", no_wrap=True, overflow="ellipsis"))
+        return Panel(rows, title=Text(self._title), title_align="left", border_style="dim")
 
 
 def printable(text: str) -> str:
