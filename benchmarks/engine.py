@@ -34,6 +34,7 @@ class Frozen:
     """The part of a policy that the engine needs, over a plain model."""
 
     version = 0
+    concurrent = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.device = model, next(model.parameters()).device

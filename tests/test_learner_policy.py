@@ -114,19 +114,44 @@ def test_a_version_that_is_not_held_is_refused():
         sampled(tiny_policy(), 4)
 
 
-def test_training_and_sampling_take_turns():
-    policy = tiny_policy()
+def test_training_and_sampling_take_turns_where_there_is_one_set_of_weights():
+    policy = tiny_policy(mode="full")
+    assert not policy.concurrent
     with policy.sampling_weights(0), policy.sampling_weights(None):
         expected = pytest.raises(RuntimeError, match="training was asked for while sampling goes on")
         with expected, policy.training():
             pass
     with policy.training():
-        with policy.reference():
+        with policy.reference(), policy.sampling_weights(None):
             pass
-        with pytest.raises(RuntimeError, match="take turns"), policy.sampling_weights(None):
+        with pytest.raises(RuntimeError, match="take turns"), policy.sampling_weights(0):
             pass
     with policy.training():
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_version_is_sampled_as_it_was_while_training_makes_the_next(dtype):
+    """A mutant that samples the trained weights themselves, or merges anew, shows in every one of the comparisons."""
+    policy = Policy(tiny_model().to(dtype), tiny_tokenizer(), LearnerConfig(rank=4, alpha=8))
+    shake(policy, 0.1)
+    base, before = sampled(policy, None), sampled(policy, 0)
+    assert not torch.equal(base, before)
+    with policy.training():
+        shake(policy, 0.1, seed=9)                       # the optimiser has stepped, the version is still 0
+        assert torch.equal(sampled(policy, 0), before) and torch.equal(sampled(policy, None), base)
+    policy.advance()
+    assert torch.equal(sampled(policy, 0), before)       # asked again, until the next version is asked for
+    after = sampled(policy, 1)
+    assert not torch.equal(after, before) and torch.equal(sampled(policy, None), base)
+    with pytest.raises(EsplError, match="weights of version 0 were asked for, the policy holds version 1"):
+        sampled(policy, 0)
+
+
+def test_what_was_not_kept_before_training_cannot_be_sampled_during_it():
+    policy = tiny_policy(adapter=0.1)
+    with policy.training(), pytest.raises(RuntimeError, match="no snapshot was taken of version 0"):
+        sampled(policy, 0)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

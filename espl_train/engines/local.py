@@ -1,7 +1,8 @@
 """The torch engine: one model, one device, shared with the learner. The oracle that other engines are tested against.
 
-Requests come from an asyncio loop; one worker thread decodes them (`decode.py`). The model's weights are those of the
-asked-for policy only while something is undelivered: once every awaited sample is there, the learner may train.
+Requests come from an asyncio loop; one worker thread decodes them (`decode.py`). Weights are borrowed only while
+something is undelivered: once every awaited sample is there, the learner may train. Where the policy hands out
+snapshots, it may train at any time.
 
 Deterministic mode: requests are admitted between strides, at moments (`callers.py`) and in an order that only the
 requests decide. Batches, and so every bit, are then the same in every run.
@@ -35,8 +36,13 @@ class Weights(Protocol):
     context_length: int
     device: torch.device
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether a version can be sampled while training makes the next one."""
+        ...
+
     def sampling_weights(self, version: int | None) -> AbstractContextManager[nn.Module]:
-        """The model to call for the weights of `version` (None: the base model); no training while it is open."""
+        """The model to call for the weights of `version` (None: the base model)."""
         ...
 
 
@@ -89,8 +95,8 @@ class LocalEngine:
 
     @property
     def concurrent(self) -> bool:
-        """See `Engine`. Sampling and training take turns on the policy whose weights are shared."""
-        return False
+        """See `Engine`. The policy says whether it hands out snapshots or the weights in training."""
+        return self.policy.concurrent
 
     def join(self, count: int) -> None:
         """See `Engine`."""
@@ -133,7 +139,8 @@ class LocalEngine:
                 raise EngineError("weights cannot change while requests are under way")
             if self._decoder is not None:
                 self._decoder.memory.forget()
-            self._version = version
+            with self.policy.sampling_weights(version):
+                self._version = version
 
     def pause(self) -> None:
         """See `Engine`. Keys and values of episodes between two turns are forgotten; idle, the whole slab is."""
@@ -169,7 +176,7 @@ class LocalEngine:
             raise EngineError("the engine is closed")
         if policy is not None and policy != self._version:
             raise EngineError(f"asked for policy {policy}, but policy {self._version} is loaded")
-        if policy is not None and policy != self.policy.version:
+        if policy is not None and policy != self.policy.version and not self.concurrent:
             raise EngineError(f"policy {policy} is loaded, but the learner has moved on to {self.policy.version}")
 
     def _work(self) -> None:

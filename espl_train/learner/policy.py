@@ -1,16 +1,17 @@
 """The policy: one Hugging Face causal model with a LoRA adapter (or trained whole), its tokenizer, its version.
 
-The learner trains `policy.model`; an engine samples inside `policy.sampling_weights(version)`, which hands out a plain
-model. Training and sampling take turns. In LoRA mode the plain models share every tensor of the base that the adapter
-leaves alone; the merged weights have storage of their own, so the base is never written to and nothing needs to be
-restored. On a base below fp32 the adapter stays unmerged: merging would round it away.
+The learner trains `policy.model`; an engine samples inside `policy.sampling_weights(version)`. In LoRA mode that hands
+out a *snapshot*: a model over the very tensors of the base, but for what was trained, which is merged into storage of
+its own. So the base is never written to, and a version can be sampled while the next one is made. On a base below fp32
+the snapshot is a copy of the adapter, unmerged: merging would round it away. In full mode there is one set of weights,
+and training and sampling take turns.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -69,9 +70,9 @@ class Policy:
             self._mergeable = False
             self._reload = reload or partial(lambda frozen: frozen, copy.deepcopy(model))
             self.causal = self.model = model
-        self._merged: nn.Module | None = None
-        self._targets: list[tuple[Any, nn.Parameter]] = []
-        self._merged_state: tuple[int, int] | None = None
+        self._snapshot: nn.Module | None = None
+        self._refresh: Callable[[], None] = lambda: None
+        self._snapshot_of: tuple[int, int] | None = None
         self.checkpointing = False
         self.checkpoint(config.gradient_checkpointing == "on")
 
@@ -108,8 +109,12 @@ class Policy:
     def advance(self, version: int | None = None) -> int:
         """The weights have changed: they are `version` now (default: the next one)."""
         self.version = self.version + 1 if version is None else version
-        self._merged_state = None
         return self.version
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether a version can be sampled while training makes the next one."""
+        return self.config.mode == "lora"
 
     @contextmanager
     def training(self) -> Iterator[Any]:
@@ -146,18 +151,21 @@ class Policy:
 
     @contextmanager
     def sampling_weights(self, version: int | None) -> Iterator[Any]:
-        """The turn in which engines sample; yields the model to call (a Hugging Face causal model, eval mode).
+        """The model to call for the weights of `version` (a Hugging Face causal model, eval mode); None: the base
+        model, at any time. Both may be open at once.
 
-        `version` must be the version held now; None is the base model. Both may be open at once. Gradients are the
-        caller's business: wrap forwards in `torch.no_grad()`.
+        `version` is the one held now, or in LoRA mode still the one that was asked for last, whatever training does
+        meanwhile. Raises EsplError for others, RuntimeError where it is training's turn. Gradients are the caller's
+        business: wrap forwards in `torch.no_grad()`.
         """
-        with self._turn("sampling"):
-            if version is None:
-                yield self._reference_model()
-            elif version != self.version:
-                raise EsplError(f"weights of version {version} were asked for, the policy holds version {self.version}")
-            else:
-                yield self._merged_model() if self._mergeable else self.causal
+        if version is None:
+            yield self._reference_model()
+        elif self.concurrent:
+            yield self._snapshot_at(version)
+        else:
+            with self._turn("sampling"):
+                self._held(version)
+                yield self.causal
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -181,16 +189,36 @@ class Policy:
         model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
-    def _merged_model(self) -> nn.Module:
-        """The plain model with the adapter merged; it is kept until the adapter changes, by whatever hand."""
-        if self._merged is None:
-            self._merged = _sharing_copy(self._reference_model())
-            self._targets = _give_own_weights(self._merged, self.causal)
-        state = (self.version, sum(p._version for p in self.trainable_parameters().values()))
-        if state != self._merged_state:
-            _merge_into(self._targets)
-            self._merged_state = state
-        return self._merged
+    def _snapshot_at(self, version: int) -> nn.Module:
+        """The snapshot of `version`; it is kept until what is trained changes, by whatever hand."""
+        with self._lock:
+            known = self._snapshot_of and self._snapshot_of[0]
+            if self._snapshot is not None and version == known and (self._turns["training"] or version != self.version):
+                return self._snapshot
+            self._held(version)
+            if self._turns["training"]:
+                raise RuntimeError(f"no snapshot was taken of version {version} before training began")
+            state = (self.version, sum(p._version for p in self.trainable_parameters().values()))
+            if self._snapshot is None:
+                self._snapshot, self._refresh = self._copied()
+            if state != self._snapshot_of:
+                self._refresh()
+                self._snapshot_of = state
+            return self._snapshot
+
+    def _copied(self) -> tuple[nn.Module, Callable[[], None]]:
+        """A model that shares the base, and what brings it up to date with the adapter."""
+        if self._mergeable:
+            merged = _sharing_copy(self._reference_model())
+            return merged, partial(_merge_into, _give_own_weights(merged, self.causal))
+        trained = [p for p in self.causal.parameters() if p.requires_grad]
+        beside = _sharing_copy(self.causal, but=trained).requires_grad_(False)
+        own = dict(beside.named_parameters())
+        return beside, partial(_copy_into, [(p, own[n]) for n, p in self.causal.named_parameters() if p.requires_grad])
+
+    def _held(self, version: int) -> None:
+        if version != self.version:
+            raise EsplError(f"weights of version {version} were asked for, the policy holds version {self.version}")
 
     def _reference_model(self) -> nn.Module:
         if self._base is None:
@@ -212,10 +240,11 @@ class Policy:
                 self._turns[mine] -= 1
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """The same architecture over the very same tensors: a second set of modules, no second set of weights."""
+def _sharing_copy(model: nn.Module, but: Sequence[Tensor] = ()) -> nn.Module:
+    """The same architecture over the very same tensors, `but` some: a second set of modules, not of weights."""
+    own = {id(tensor) for tensor in but}
     tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
 
 
 def _silence_dropout(model: nn.Module) -> None:
@@ -264,6 +293,12 @@ def _give_own_weights(plain: nn.Module, adapted: nn.Module) -> list[tuple[Any, n
             plain.get_submodule(name).weight = own
             pairs.append((layer, own))
     return pairs
+
+
+def _copy_into(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    with torch.no_grad():
+        for trained, own in pairs:
+            own.copy_(trained)
 
 
 def _merge_into(pairs: list[tuple[Any, nn.Parameter]]) -> None:
