@@ -183,6 +183,8 @@ def test_a_comparison_needs_two_runs_that_exist(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", {ENV: [[1.0]]})
     with pytest.raises(EsplError, match="at least two"):
         compare([run])
+    with pytest.raises(EsplError, match="named twice"):
+        compare([run, run.parent / "." / run.name])
     with pytest.raises(EsplError, match="no run directory"):
         compare([run, tmp_path / "absent"])
 

@@ -11,7 +11,7 @@ import pytest
 
 from espl_envs import registry
 from espl_envs.core.env import TextEnv
-from espl_envs.core.errors import EnvironmentFault
+from espl_envs.core.errors import EnvironmentFault, EsplError
 from espl_envs.core.family import Episode as Played
 from espl_envs.core.family import Family
 from espl_envs.core.messages import Message
@@ -189,5 +189,9 @@ def test_a_regrading_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(countdown, "grade", broken)
     with pytest.raises(RuntimeError, match="a bug in the grader"):
+        regrade(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (run / "config.json").write_text((run / "config.json").read_text().replace(COUNTDOWN, "espl/Countdwn-v0"))
+    with pytest.raises(EsplError, match="did you mean espl/Countdown-v0"):
         regrade(run)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

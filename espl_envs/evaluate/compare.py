@@ -104,6 +104,9 @@ def compare(runs: Sequence[Path], *, intersect: bool = False) -> Comparison:
     """
     if len(runs) < 2:
         raise EsplError("a comparison needs at least two runs")
+    places = Counter(path.resolve() for path in runs)
+    if twice := next((path for path, times in places.items() if times > 1), None):
+        raise EsplError(f"{twice} is named twice: a run is no better or worse than itself")
     loaded = load_runs(runs)
     warnings = _check_alike(loaded, intersect)
     far = reach(math.comb(len(loaded), 2))
@@ -168,7 +171,7 @@ def _check_alike(runs: Sequence[RunScores], intersect: bool) -> list[str]:
                 settings = f"{dict(first.kwargs[env])} and {dict(other.kwargs[env])}"
                 warnings.append(f"{_names([env])}: the environment's settings differ between {pair}: {settings}")
     if problems and not intersect:
-        raise Incomparable(f"{'; '.join(problems)}. Compare the tasks that they share by asking for the intersection.")
+        raise Incomparable(f"{'; '.join(problems)}. --intersect compares the tasks that they share.")
     warnings += [f"{run.name}: {run.masked} episodes have no score and are left out" for run in runs if run.masked]
     return [f"compared on shared tasks only: {problem}" for problem in problems] + warnings
 

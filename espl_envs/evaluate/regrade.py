@@ -83,6 +83,8 @@ def regrade(run: Path, out: Path | None = None) -> Regrading:
     target = out or next(path for path in _places(run) if not path.exists())
     if target.exists():
         raise RunError(f"{target} exists already: choose another place for the regraded run.")
+    for env in source.config.envs:
+        _ = _environment(env).tasks     # what cannot be had is missed once, before anything is written
     new = RunDirectory.create(target, source.config)
     try:
         with new:
