@@ -197,7 +197,7 @@ def _results(run: Path, allow_faults: bool, as_json: bool) -> int:
     from espl_envs.evaluate.summary import summarise
 
     summary = summarise(run, allow_faults=allow_faults)
-    page = write_report(run)
+    page = write_report(run, allow_faults=allow_faults)
     _show(summary, as_json)
     if not as_json:
         print(f"report: {page}")
