@@ -1,6 +1,7 @@
 """Shared fixtures: where the real task data lies, a Docker daemon with our images, a fixed environment for every test.
 
-What a machine lacks is a skip with a reason; named in ESPL_REQUIRE (comma-separated: data, docker, vllm, browser), a failure.
+What a machine lacks is a skip with a reason; named in ESPL_REQUIRE (data, docker, vllm, browser; commas between), a
+failure.
 """
 
 from __future__ import annotations
