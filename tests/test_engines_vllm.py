@@ -189,6 +189,15 @@ def test_a_shared_prefix_is_computed_once(world: World, monkeypatch: pytest.Monk
     assert sum(computed) == 49
 
 
+def test_more_prompts_than_one_step_takes_are_sampled_all_the_same(world: World) -> None:
+    prompts = [[2 + i % 50, 2 + i // 50, *range(5, 58)] for i in range(100)]
+    asked = [request(tokens, seed=i, max_new=4, stop_ids=()) for i, tokens in enumerate(prompts)]
+    assert sum(map(len, prompts)) > vllm_core.CPU_PREFILL
+    for one, sample in zip(asked[::9], world.ask(*asked)[::9], strict=True):
+        assert sample.logprobs == pytest.approx(world.expected(one, sample), abs=1e-5)
+        assert world.ask(one)[0].tokens == sample.tokens
+
+
 def test_a_request_that_vllm_refuses_harms_no_other(world: World) -> None:
     async def everything() -> list[Sample | BaseException]:
         asked = [request(seed=1), request([2, 10**6]), request(seed=2)]

@@ -33,6 +33,7 @@ SETTINGS = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
 LOGPROBS = "processed_logprobs"
+CPU_PREFILL = 4096         # tokens in one step, or one prompt where that is longer
 CPU_BLOCK = 32             # tokens of a block of keys and values: the grain in which prefixes are shared
 
 Pause = Literal["sleep", "kv", "keep"]
@@ -90,7 +91,6 @@ class Core:
     def _arguments(
         self, model: str, settings: ModelConfig, config: EngineConfig, context: int, kv_bytes: int | None
     ) -> dict[str, Any]:
-        on_gpu = self.device.type == "cuda"
         return {
             "model": model,
             "revision": settings.revision,
@@ -101,12 +101,10 @@ class Core:
             "max_num_seqs": config.slots,
             "enable_prefix_caching": True,
             "logprobs_mode": LOGPROBS,
-            "gpu_memory_utilization": config.gpu_memory,
             "kv_cache_memory_bytes": kv_bytes,
-            "block_size": None if on_gpu else CPU_BLOCK,
-            "enable_sleep_mode": on_gpu and config.pause != "keep",
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
+            **(_on_gpu(config) if self.device.type == "cuda" else _on_cpu(context)),
         }
 
     def add(self, key: str, asked: Request | Score) -> None:
@@ -209,6 +207,17 @@ def _parameters(asked: Request | Score) -> Any:
         temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed, max_tokens=asked.max_new,
         stop_token_ids=list(asked.stop_ids), logprobs=0, **settings,
     )
+
+
+def _on_gpu(config: EngineConfig) -> dict[str, Any]:
+    return {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.pause != "keep"}
+
+
+def _on_cpu(context: int) -> dict[str, Any]:
+    """Prompts are taken whole: after a part of one, vLLM winds back the request's random stream, which CPUs cannot."""
+    return {
+        "enable_chunked_prefill": False, "max_num_batched_tokens": max(context, CPU_PREFILL), "block_size": CPU_BLOCK,
+    }
 
 
 def _ranks() -> int:
