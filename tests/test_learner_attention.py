@@ -264,3 +264,54 @@ def test_what_neighbours_share_stands_once():
 def test_the_order_is_that_of_the_ids_however_large():
     rows = [torch.tensor(x) for x in ([300], [2], [2, 70000], [2, 255], [70000])]
     assert lexicographic(rows) == [1, 3, 2, 0, 4]
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, *_: int,
+          scale: float | None, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
+    """What `varlen_attn` computes on a GPU, by the textbook: causal, aligned at the ends. [T, H, D]"""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    found = []
+    for i in range(len(ends_q) - 1):
+        rows, columns = slice(*ends_q[i : i + 2].tolist()), slice(*ends_k[i : i + 2].tolist())
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * (scale or q.shape[-1] ** -0.5)
+        asked, seen = scores.shape[1:]
+        behind = torch.arange(seen - asked, seen)[:, None] - torch.arange(seen)
+        hidden = (behind < 0) | ((behind > window_size[0]) & (window_size[0] >= 0))
+        found.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[columns]))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral, sliding windows", "granite, scaled scores"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_tables_of_flash_attention_say_the_same(name, broken, monkeypatch):
+    """The kernel itself needs a GPU; here a plain function takes its place, and the proof judges what it was told."""
+    from torch.nn.attention import varlen
+
+    told = []
+
+    def recorded(*arguments: Any, **settings: Any) -> torch.Tensor:
+        told.append(arguments)
+        if broken:                        # mutant: keys end one id early
+            settings["window_size"] = (settings["window_size"][0] + 1, 0)
+            arguments = (*arguments[:4], (arguments[4] - 1).clamp(min=0), *arguments[5:])
+        return flash(*arguments, **settings)
+
+    model = model_of(PACKABLE[name]())
+    install(model)
+    monkeypatch.setattr(attention, "_flashes", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", recorded)
+    assert (prove(model) is None) is not broken
+    if not broken:
+        who = learner_of(model)
+        monkeypatch.setattr(attention, "_flashes", lambda *_: False)
+        single = gradient(who, Limits(1, packed=False))
+        monkeypatch.setattr(attention, "_flashes", lambda *_: True)
+        assert apart(single, gradient(who, Limits(10**6))) < 1e-6
+    assert told
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3, windows in every other layer"])
+def test_half_precision_is_packed_too(name):
+    assert learner_of(model_of(PACKABLE[name](), torch.bfloat16))._notes == []

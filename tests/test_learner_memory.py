@@ -107,7 +107,11 @@ def test_checkpointing_that_the_architecture_does_not_have_is_refused(monkeypatc
     with pytest.raises(EsplError, match="architecture of this model has none"):
         learner(gradient_checkpointing="on")
     monkeypatch.setattr(memory, "free", lambda _: 2**12)
-    assert learner().update(related_groups(0)).skipped is None
+    assert learner().update(related_groups(0)).notes == ()
+    who = learner()
+    starve(who, monkeypatch, 0, MemoryError())
+    with pytest.raises(EsplError, match="ran out of memory"):
+        who.update(related_groups(0))
 
 
 def test_an_update_that_runs_out_of_memory_asks_for_less_and_learns_the_same(monkeypatch):

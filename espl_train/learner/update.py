@@ -170,7 +170,8 @@ class Learner:
         """Checkpointing where it may be chosen, then smaller micro-batches: the gradient stays the same. Raises
         EsplError when there is no more to be done, on the rank whose memory it was.
         """
-        if self.config.gradient_checkpointing == "auto" and not self.policy.checkpointing:
+        possible = self.policy.causal.supports_gradient_checkpointing and not self.policy.checkpointing
+        if self.config.gradient_checkpointing == "auto" and possible:
             self.policy.checkpoint(True)
             change = "gradient checkpointing"
         elif sequences > 1:
