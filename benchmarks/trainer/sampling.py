@@ -96,6 +96,7 @@ def bare(config: Config, asked: Sequence[Ids], tokens: int) -> Iterator[dict[str
     llm = LLM(
         locate(config.model.path), dtype=config.model.dtype, skip_tokenizer_init=True, generation_config="vllm",
         max_model_len=config.engine.context, max_num_seqs=config.engine.slots, kv_cache_memory_bytes=2**30, seed=0,
+        use_tqdm_on_load=False,
     )
     law = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
