@@ -7,16 +7,20 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import pytest
+import torch
 
 from espl_train.config import Config
 from espl_train.learner.distributed import Team, serve
 from espl_train.learner.ranks import Place
 from espl_train.learner.update import Learner
+from espl_train.records import Group
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,7 +47,10 @@ class Nursery:
         print(json.dumps(pid), file=self._mother.stdin, flush=True)
         return int(self._mother.stdout.readline())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         assert self._mother.stdin is not None
         self._mother.stdin.close()
         self._mother.wait()
@@ -65,6 +72,26 @@ class Nursery:
         with self.team(size) as (team, _):
             team.check(config)
             yield Learner.of(config, team)
+
+
+def gradients(learner: Learner, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    """What one more update would step with, unclipped, as far as rank 0 holds it; the team's work is over then."""
+    found: dict[str, torch.Tensor] = {}
+
+    def look(_: float) -> None:
+        weights = learner.policy.trainable_parameters()
+        found.update((name, local(p.grad).clone()) for name, p in weights.items() if p.grad is not None)
+        learner._forget_gradients()
+
+    learner.config = learner.config.model_copy(update={"clip": 1e9})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "_step", look)
+        learner.update(groups)
+    return found
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def main() -> None:
