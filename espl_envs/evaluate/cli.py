@@ -133,19 +133,25 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
 def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:
     _packages()
     prepared = _prepare(chosen, words)
-    early = ""
     try:
-        background.run_through(_session(prepared))
-    except Halted as halted:
-        early = str(halted)
+        early = _played(prepared)
+        refused = _results(prepared.out, chosen.allow_faults, chosen.json)
     except _Ended as problem:
         return _complain(f"{problem}\n{prepared.standing()}", 2)
     except KeyboardInterrupt as stop:
         return _stopped(stop, prepared.standing())
-    code = _results(prepared.out, chosen.allow_faults, chosen.json)
     if early:
         return _complain(f"stopped early: {early}\n{prepared.standing()}", EARLY)
-    return code
+    return _complain(f"no headline: {refused}", EARLY) if refused else 0
+
+
+def _played(prepared: _Evaluation) -> str:
+    """Play what is missing; why that ended early, if it did."""
+    try:
+        background.run_through(_session(prepared))
+    except Halted as halted:
+        return str(halted)
+    return ""
 
 
 def _packages() -> None:
@@ -191,8 +197,8 @@ async def _play(prepared: _Evaluation, directory: RunDirectory, agent: Agent) ->
             beat.cancel()
 
 
-def _results(run: Path, allow_faults: bool, as_json: bool) -> int:
-    """summary.json and report.html, and the table on stdout."""
+def _results(run: Path, allow_faults: bool, as_json: bool) -> str | None:
+    """summary.json and report.html, and the table on stdout; why there is no headline, if there is none."""
     from espl_envs.evaluate.report import write_report
     from espl_envs.evaluate.summary import summarise
 
@@ -201,9 +207,7 @@ def _results(run: Path, allow_faults: bool, as_json: bool) -> int:
     _show(summary, as_json)
     if not as_json:
         print(f"report: {page}")
-    if summary.refused:
-        return _complain(f"no headline: {summary.refused}", EARLY)
-    return 0
+    return summary.refused
 
 
 def _show(result: Any, as_json: bool) -> None:
@@ -225,7 +229,8 @@ def _report(words: list[str]) -> int:
     parser.add_argument("--allow-faults", action="store_true", help="a headline also with more than 1 %% of faults")
     parser.add_argument("--json", action="store_true", help="summary.json on stdout")
     chosen = parser.parse_args(words)
-    return _results(chosen.run, chosen.allow_faults, chosen.json)
+    refused = _results(chosen.run, chosen.allow_faults, chosen.json)
+    return _complain(f"no headline: {refused}", EARLY) if refused else 0
 
 
 def _regrade(words: list[str]) -> int:

@@ -99,7 +99,7 @@ class Purse:
         self.spent += cost or 0.0
 
     def end(self, cost: float | None = None) -> None:
-        """An episode is no longer under way; `cost` where it was finished."""
+        """An episode is no longer under way; `cost` where it was finished and nothing went wrong."""
         self.under_way -= 1
         self._changed.set()
         if cost is not None:
@@ -115,7 +115,8 @@ class Purse:
             return True
         if not self._finished:
             return self.under_way < self.FIRST and not self.empty
-        return self._cost + (self.under_way + 1) * self._cost / self._finished <= self.limit
+        mean = self._cost / self._finished
+        return max(self.spent, self._cost + self.under_way * mean) + mean <= self.limit and not self.empty
 
 
 @dataclass(slots=True)
@@ -194,7 +195,8 @@ class Runner:
         """What earlier sessions cost counts, too."""
         for episode in self.directory.episodes(transcripts=False):
             self.purse.spent += episode.cost or 0.0
-            self.purse.finished(episode.cost or 0.0)
+            if episode.outcome is not Outcome.FAULT:
+                self.purse.finished(episode.cost or 0.0)
 
     async def _work(self, queue: Iterator[EpisodeKey]) -> None:
         """One place at the table: play episodes until none is left, or none can be paid for."""
@@ -204,7 +206,7 @@ class Runner:
                 if (key := next(queue, None)) is None:
                     return
                 episode = await self._episode(key)
-                cost = episode.cost or 0.0
+                cost = None if episode.outcome is Outcome.FAULT else episode.cost
             except _Unpaid:
                 self._dropped += 1
                 return
