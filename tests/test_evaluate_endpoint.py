@@ -422,6 +422,12 @@ def test_a_server_that_echoes_the_key_does_not_get_it_into_a_file(tmp_path: Path
     assert not any(json.dumps(form)[1:-1] in written or form in written for form in spelled(KEY))
 
 
+def test_the_mutant_that_hides_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Secret, "hidden", lambda _, text: text)
+    with pytest.raises(AssertionError):
+        test_a_server_that_echoes_the_key_does_not_get_it_into_a_file(tmp_path)
+
+
 # The pace
 
 
