@@ -20,6 +20,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from espl_train.engines.written import Step, attend_one
+
 Rows = Sequence[int]
 log = logging.getLogger(__name__)
 
@@ -113,16 +115,32 @@ class _SlabCache(Cache):
 
 
 class KVSlab:
-    """Keys and values of every layer, for attention models."""
+    """Keys and values of every layer, for attention models.
 
-    def __init__(self, model: nn.Module, attention: str | None = "espl") -> None:
-        self.model, self.attention = model, attention
+    `attention` is the implementation that transformers' modules use; `written`: a step goes around the modules where
+    the architecture is known (`written.py`).
+    """
+
+    def __init__(self, model: nn.Module, attention: str | None = "espl", written: bool = True) -> None:
+        self.attention, self.written = attention, written
+        self.model = model
         self.config = _text_config(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.cache = _SlabCache()
         self.bytes_per_token = 1
         self.windows = _windows(self.config)
+
+    @property
+    def model(self) -> nn.Module:
+        """See `Slab`."""
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        if model is not getattr(self, "_model", None):
+            self._model = model
+            self._step = Step.of(model) if self.written else None
 
     def resize(self, rows: int, width: int) -> None:
         """See `Slab`."""
@@ -160,6 +178,9 @@ class KVSlab:
         """See `Slab`."""
         whole = self.cache.shape[1]
         count, width = len(tokens), whole if self.device.type == "cpu" else _round(width, whole)
+        if self._step is not None and self.cache.slabs and len(self.windows) == 1:
+            (mask,) = self._masks(positions[:, None], width).values()
+            return self._step(tokens, positions, mask[:, 0], self.cache.slabs, width)
         self.cache.plan = _Plan(
             slice(0, count), width, (torch.arange(count, device=self.device), positions), None
         )
@@ -170,11 +191,8 @@ class KVSlab:
         self.cache = _SlabCache()
 
     def _forward(self, ids: Tensor, positions: Tensor, width: int) -> Tensor:
-        columns = torch.arange(width, device=self.device)
-        ahead = columns > positions[:, :, None]                                # (rows, new, width)
-        masks = {kind: self._mask(ahead if window is None else ahead | (columns <= positions[:, :, None] - window))
-                 for kind, window in self.windows.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        masks = self._masks(positions, width)
+        mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
         with self._own_attention():
             out = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
@@ -195,6 +213,13 @@ class KVSlab:
             yield
         finally:
             config._attn_implementation = before
+
+    def _masks(self, positions: Tensor, width: int) -> dict[str, Tensor]:
+        """By layer type, what is added to the scores of tokens at `positions` (rows, new): (rows, 1, new, width)."""
+        columns = torch.arange(width, device=self.device)
+        ahead = columns > positions[:, :, None]                                # (rows, new, width)
+        return {kind: self._mask(ahead if window is None else ahead | (columns <= positions[:, :, None] - window))
+                for kind, window in self.windows.items()}
 
     def _mask(self, hidden: Tensor) -> Tensor:
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
@@ -254,17 +279,12 @@ def attend(
     """
     if any(settings.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("attention with a soft cap, sinks or a position bias")
-    rows, heads, new, dim = query.shape
-    shared, width = key.shape[1], key.shape[2]
-    if new > 1 or attention_mask is None:
+    if query.shape[2] > 1 or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
         )
-    scaled = query.reshape(rows * shared, heads // shared, dim) * (dim**-0.5 if scaling is None else scaling)
-    scores = torch.bmm(scaled, key.reshape(rows * shared, width, dim).transpose(1, 2)).view(rows, heads, width)
-    weights = scores.add_(attention_mask[:, 0]).softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = torch.bmm(weights.view(rows * shared, -1, width), value.reshape(rows * shared, width, -1))
-    return out.view(rows, 1, heads, -1), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_one(query[:, :, 0], key, value, attention_mask[:, 0], scale)[:, None], None
 
 
 AttentionInterface.register("espl", attend)
@@ -273,9 +293,9 @@ AttentionInterface.register("espl", attend)
 def slab_for(model: nn.Module, tolerance: float = 1e-3) -> Slab:
     """A `KVSlab` where it reproduces the model's plain forward pass on a ragged probe, else a `TokenSlab`."""
     reason = ""
-    for attention in ("espl", None):
+    for attention, written in (("espl", True), ("espl", False), (None, False)):
         try:
-            slab = KVSlab(model, attention)
+            slab = KVSlab(model, attention, written)
             if _reproduces(slab, tolerance):
                 slab.drop()
                 return slab
