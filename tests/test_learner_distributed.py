@@ -20,8 +20,9 @@ from espl_envs.core.errors import EsplError
 from espl_train.config import Config
 from espl_train.learner import distributed, topology
 from espl_train.learner.distributed import Team, by_cost, fingerprint, in_rounds
-from espl_train.learner.packing import MicroBatch
+from espl_train.learner.packing import Limits, MicroBatch, pack
 from espl_train.learner.ranks import ALONE, Place, RankLost
+from espl_train.learner.sequences import training_sequences
 from espl_train.learner.update import Learner
 from espl_train.records import Group
 from espl_train.runs import checkpoint
@@ -212,6 +213,18 @@ def test_shares_are_of_equal_cost_and_lose_nothing() -> None:
     assert [sum(b.cost for b in share) for share in shares] == [10.0, 10.0]
     assert sorted(b.cost for share in shares for b in share) == [1.0, 3.0, 4.0, 5.0, 7.0]
     assert by_cost(batches[:1], 3)[1:] == [[], []] and by_cost([], 2) == [[], []]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_update_is_cut_so_that_every_rank_has_as_much_to_do(packed: bool) -> None:
+    sequences = training_sequences(random_groups(0, count=6, samples=8))
+    whole = pack(sequences, Limits(10**6, packed=packed))
+    for ranks in (2, 3, 4):
+        batches = pack(sequences, Limits(10**6, packed=packed, share=ranks))
+        spent = [sum(b.cost for b in share) for share in by_cost(batches, ranks)]
+        assert (len(whole), len(batches)) == (1, ranks) and max(spent) < 1.2 * sum(spent) / ranks
+        assert sum(len(b.targets) for b in batches) == len(whole[0].targets)
+    assert len(pack(sequences[:1], Limits(10**6, packed=packed, share=4))) == 1
 
 
 def test_rounds_are_as_long_on_every_rank_and_padding_weighs_nothing() -> None:

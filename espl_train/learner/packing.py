@@ -58,6 +58,7 @@ class Limits:
     tokens: int
     width: int = 1024
     packed: bool = True      # whether the model can be given packed rows
+    share: int = 1           # ranks that they are dealt to: as many for each of them, where there are enough sequences
 
 
 def pack(sequences: Sequence[TrainingSequence], limits: Limits) -> list[MicroBatch]:
@@ -68,10 +69,10 @@ def pack(sequences: Sequence[TrainingSequence], limits: Limits) -> list[MicroBat
         return []
     padded = _Padded(sequences, limits.width)
     if not limits.packed:
-        return padded.cut(limits.tokens)
+        return padded.cut(limits)
     packed = _InOneRow(sequences, limits.width)
     cheaper = packed.price(limits.tokens) * OVERHEAD < padded.price(limits.tokens)
-    return (packed if cheaper else padded).cut(limits.tokens)
+    return (packed if cheaper else padded).cut(limits)
 
 
 class _Layout:
@@ -93,17 +94,20 @@ class _Layout:
         """What all sequences cost in micro-batches of at most `tokens`."""
         return sum(self._cost(*stretch) for stretch in self._stretches(tokens))
 
-    def cut(self, tokens: int) -> list[MicroBatch]:
-        """As few micro-batches as `tokens` allows, the dearest of them as cheap as can be."""
-        return [self._batch(first, last) for first, last in self._stretches(tokens, self._even(tokens))]
+    def cut(self, limits: Limits) -> list[MicroBatch]:
+        """As few micro-batches as the limits allow, the dearest of them as cheap as can be."""
+        bound = self._even(limits.tokens, limits.share)
+        return [self._batch(first, last) for first, last in self._stretches(limits.tokens, bound)]
 
-    def _even(self, tokens: int) -> float:
-        """The smallest bound on the cost of one micro-batch that makes no more of them than `tokens` alone."""
+    def _even(self, tokens: int, share: int) -> float:
+        """The smallest bound on the cost of one micro-batch that makes no more of them than `tokens` alone, rounded up
+        to a multiple of `share`."""
         stretches = self._stretches(tokens)
-        if len(stretches) == 1:
+        count = -(-len(stretches) // share) * share
+        if count == 1:
             return math.inf
         dearest = math.ceil(max(self._cost(*stretch) for stretch in stretches))
-        return bisect_left(range(dearest), True, key=lambda c: len(self._stretches(tokens, c)) <= len(stretches))
+        return bisect_left(range(dearest), True, key=lambda c: len(self._stretches(tokens, c)) <= count)
 
     def _cost(self, first: int, last: int) -> float:
         return sum(self.own(index, first)[1] for index in range(first, last))

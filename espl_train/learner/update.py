@@ -60,7 +60,7 @@ class Learner:
         policy.run(check_head, policy.name)
         unpacked = policy.run(attention.prove)
         width = policy.causal.config.get_text_config().hidden_size
-        self.limits = Limits(config.micro_batch_tokens, width, packed=unpacked is None)
+        self.limits = Limits(config.micro_batch_tokens, width, packed=unpacked is None, share=ranks.size)
         self._appetite: memory.Appetite | None = None
         self._notes = [f"{policy.name or 'the model'} is trained on padded rows: {unpacked}"] if unpacked else []
         self.steps = 0
