@@ -253,6 +253,9 @@ class Config(Section):
     out: str | None = Field(None, description="run directory; default: runs/<env>-<UTC time>")
     checkpoint_every: Positive = Field(1, description="iterations between checkpoints")
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="reflection while the learner works; auto: on GPUs, where the engine can; same results"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard scalars")
     env: EnvConfig = EnvConfig()
     model: ModelConfig = ModelConfig()

@@ -1,15 +1,17 @@
 """ONE iteration of E-SPL, in the order of the method: select, play, advantages, reflect, update, rate, breed, persist.
 
 This is the only module that knows engine, learner and evolution at once. On purpose it is synchronous and on-policy:
-sampling and training take turns on the device; what runs concurrently runs inside the engine's queue. Nothing here
-draws a random number: all of them are keyed by (seed, step, …), so a resumed run is the same run.
+what is learnt from was sampled by the weights that learn. What runs concurrently runs inside the engine's queue, but
+for reflection, which needs nothing of the update and may run beside it. Nothing here draws a random number: all of them
+are keyed by (seed, step, …), so a resumed run is the same run.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from espl_envs.core import background
 from espl_envs.core.errors import EsplError
@@ -26,7 +28,10 @@ from espl_train.learner.advantages import assign
 from espl_train.learner.ranks import ALONE, Ranks
 from espl_train.learner.shaping import Shaping
 from espl_train.learner.update import Learner
+from espl_train.lengths import Lengths
+from espl_train.overlap import beside, overlaps
 from espl_train.problems import Deck, Problems, ProblemSets
+from espl_train.profiling import Phases, Profile, Spent
 from espl_train.records import Group, Rollout, RolloutKey, grouped
 from espl_train.report import IterationReport, Totals
 from espl_train.rollout import Collector, Job
@@ -35,15 +40,19 @@ from espl_train.runs.directory import RunDirectory
 from espl_train.runs.summary import Score, Summary
 from espl_train.sandboxes import Boxes, equipped, wanted
 
+PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
+
 
 class Trainer:
     """One run, from where its directory stands to its last step.
 
     Raises EsplError for whatever the user can put right; an interrupted run goes on from its last checkpoint. `ranks`
-    are the processes that learn with this one, the only one that runs the loop.
+    are the processes that learn with this one, the only one that runs the loop; `profile` is an open one.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None
+    ) -> None:
         self.config, self.run, self.console = config, run, console
         self.sets = ProblemSets.of(equipped(config))
         parts = (self.sets.train, self.sets.validation, self.sets.test)
@@ -51,6 +60,7 @@ class Trainer:
         self.learner = Learner.of(config, ranks)
         self.policy = self.learner.policy
         self.engine = engine_for(config, self.policy)
+        self.overlaps = overlaps(config, self.engine, self.policy.device.type)
         self.chat = Chat(self.policy.tokenizer)
         self.shaping = Shaping(config.learner, config.rollout, frozenset(self.chat.stop_ids))
         self.deck = Deck(self.sets.train, config.seed)
@@ -58,9 +68,13 @@ class Trainer:
         self.population = Population(config.evolution, config.rating, config.seed)
         self.breeder = Breeder(config.evolution, self.templates, config.seed, self.policy.tokenizer.all_special_tokens)
         self.collectors = {problems.part: self._collector(problems) for problems in parts}
+        self.lengths = Lengths()
         self.totals = Totals()
+        self.profile = profile
+        self.phases = profile.phases if profile else Phases()
         self.step = 0
         self.begun = self._restore()
+        self.first = self.step + 1
 
     def train(self) -> Summary:
         """Iterate until the last step, then choose the prompt, open the test split once, and sum up."""
@@ -86,18 +100,21 @@ class Trainer:
         """One iteration. `self.step` counts the finished ones; this one is number `self.step + 1`."""
         started, config = time.perf_counter(), self.config
         self.step += 1
-        players = self.population.select(self.step, config.rollout.prompts, config.rollout.samples)
+        if self.profile:
+            self.profile.begin(self.step, self.first, config.steps)
+        with self.phases("select"):
+            players = self.population.select(self.step, config.rollout.prompts, config.rollout.samples)
         groups, batch = self._batch(players)
         completer = EngineCompleter(self.engine, self.chat, config.evolution, self.policy.version)
-        bred = self._breed(groups, completer) if config.mode != "rl" else None
-        update = self._update(groups) if config.mode != "evolution" else None
-        match = self.population.rate(groups) if config.mode != "rl" else None
-        born = self.population.add(bred.children, self.step) if bred else ()
+        bred, update = self._reflect_and_learn(groups, completer)
+        with self.phases("rating"):
+            match = self.population.rate(groups) if config.mode != "rl" else None
+            born = self.population.add(bred.children, self.step) if bred else ()
         validation = self._validate(final=self.step == config.steps) if self._validates() else {}
         seconds = time.perf_counter() - started
         done = IterationReport(
             self.step, tuple(groups), update, match, bred, born, completer.tokens, validation,
-            self._best(validation), seconds, batch,
+            self._best(validation), seconds, {**batch, **self.phases.take()},
         )
         self.totals = self.totals.plus(done.rollouts, completer.tokens, seconds)
         return done
@@ -129,6 +146,7 @@ class Trainer:
         played: list[Rollout] = []
         mixed: set[int] = set()
         rounds, indices = 0, self.deck.batch(rollout.problems)
+        self.engine.counts()                         # of whatever came before
         while indices:
             name = f"rollouts, round {rounds + 1}" if rounds else "rollouts"
             found = self._play(self.sets.train, players, indices, rollout.temperature, name, earlier=played)
@@ -139,35 +157,67 @@ class Trainer:
             indices = self.deck.more(rollout.problems - len(mixed)) if rounds <= rollout.dynamic_rounds else []
         problems = len({group.task for group in groups})
         counts = {"dynamic/rounds": rounds, "dynamic/problems": problems, "dynamic/contrast": len(mixed)}
-        return groups, {**(counts if rollout.dynamic_rounds else {}), **self.shaping.metrics(played)}
+        rare = counts if rollout.dynamic_rounds else {}
+        return groups, {**rare, **self.shaping.metrics(played), **self.engine.counts()}
 
     def _play(
         self, problems: Problems, players: Mapping[str, int], indices: Sequence[int], temperature: float, name: str,
         base: bool = False, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
-        """Every player on every problem, as often as `players` says, all concurrently."""
-        self.engine.load_policy(self.policy.version)
-        jobs = [
-            Job(RolloutKey(self.step, prompt, index, sample, split=problems.part), self.text(prompt))
+        """Every player on every problem, as often as `players` says, all concurrently, long ones first."""
+        with self.phases("sync"):
+            self.engine.load_policy(self.policy.version)
+        keys = [
+            RolloutKey(self.step, prompt, index, sample, split=problems.part)
             for prompt, samples in players.items()
             for index in indices
             for sample in range(samples)
         ]
-        self.console.phase(name, len(jobs))
+        jobs = [Job(key, self.text(key.prompt), self.lengths.expected(key)) for key in keys]
         policy = None if base else self.policy.version
-        return self.collectors[problems.part].collect(
-            jobs, policy, temperature, self.console.progress, earlier=earlier
-        )
+        with self._phase(PHASES[problems.part], name, len(jobs)) as spent:
+            played = self.collectors[problems.part].collect(
+                jobs, policy, temperature, self.console.progress, earlier=earlier
+            )
+            spent.tokens += sum(rollout.sampled_tokens for rollout in played)
+        self.lengths.learn(played)
+        return played
 
-    def _breed(self, groups: Sequence[Group], completer: EngineCompleter) -> BreedingReport:
-        self.console.phase("reflection")
-        return background.run(
-            self.breeder.breed(self.step, self.population, groups, self.sets.train.tasks, completer.complete)
-        )
+    def _reflect_and_learn(
+        self, groups: Sequence[Group], completer: EngineCompleter
+    ) -> tuple[BreedingReport | None, report.UpdateReport | None]:
+        """Both need the groups and nothing of each other: at once where that is faster, with the same results."""
+        mode = self.config.mode
+        if mode == "evolution_rl" and self.overlaps:
+            with beside(self._breed(groups, completer)) as breeding:
+                update = self._update(groups, "update and reflection")
+            return breeding.result(), update
+        bred = None
+        if mode != "rl":
+            self.console.phase("reflection")
+            bred = background.run_through(self._breed(groups, completer))
+        return bred, self._update(groups) if mode != "evolution" else None
 
-    def _update(self, groups: Sequence[Group]) -> report.UpdateReport:
-        self.console.phase("update")
-        return self.learner.update(groups)
+    async def _breed(self, groups: Sequence[Group], completer: EngineCompleter) -> BreedingReport:
+        with self.phases("reflection") as spent:
+            tasks = self.sets.train.tasks
+            bred = await self.breeder.breed(self.step, self.population, groups, tasks, completer.complete)
+            spent.tokens += completer.tokens
+            return bred
+
+    def _update(self, groups: Sequence[Group], shown: str = "") -> report.UpdateReport:
+        with self._phase("update", shown) as spent:
+            self.engine.pause()
+            update = self.learner.update(groups)
+            self.engine.resume()
+            spent.tokens += update.computed
+            return update
+
+    @contextmanager
+    def _phase(self, name: str, shown: str = "", total: int | None = None) -> Iterator[Spent]:
+        self.console.phase(shown or name, total)
+        with self.phases(name) as spent:
+            yield spent
 
     def _validates(self) -> bool:
         every = self.config.evaluation.every
@@ -194,7 +244,7 @@ class Trainer:
             self.console.note(f"{part.part}: {part}")
         root = self.population.root.id
         found = self.evaluate(self.sets.validation, [root], self.config.evaluation.problems, "validation")
-        self.run.log.metrics({"step": 0, **metrics(found, root, root), **self.boxes.metrics()})
+        self.run.log.metrics({"step": 0, **metrics(found, root, root), **self.boxes.metrics(), **self.phases.take()})
         self._checkpoint()
 
     def _persist(self, done: IterationReport) -> None:
@@ -205,20 +255,24 @@ class Trainer:
         self.run.log.metrics(record)
         if done.step % self.config.checkpoint_every == 0 or done.step == self.config.steps:
             self._checkpoint()
+        if self.profile:
+            self.profile.write()
         self.console.step(record)
         for note in done.notes(self.population):
             self.console.note(note)
 
     def _checkpoint(self) -> None:
         """Everything that the next step depends on, in one transaction."""
-        state = {
-            "population": self.population.to_json(),
-            "breeder": self.breeder.state(),
-            "totals": self.totals.to_json(),
-            "deck": self.deck.position,
-        }
-        self.run.write_population(state["population"])
-        self.run.save(self.step, {"state": state, "learner": self.learner.state_dict()})
+        with self.phases("checkpoint"):
+            state = {
+                "population": self.population.to_json(),
+                "breeder": self.breeder.state(),
+                "totals": self.totals.to_json(),
+                "deck": self.deck.position,
+                "lengths": self.lengths.to_json(),
+            }
+            self.run.write_population(state["population"])
+            self.run.save(self.step, {"state": state, "learner": self.learner.state_dict()})
 
     def _restore(self) -> bool:
         """Go on from the newest checkpoint; False where there is none."""
@@ -233,6 +287,7 @@ class Trainer:
         self.breeder.restore(state["breeder"])
         self.totals = Totals(**state["totals"])
         self.deck = Deck(self.sets.train, config.seed, state["deck"])
+        self.lengths = Lengths.from_json(state["lengths"])
         return True
 
     def _finish(self) -> Summary:

@@ -33,10 +33,12 @@ ENDED = (StopReason.ANSWER, StopReason.TRUNCATED)    # by the environment; whate
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One episode to play: who, on what, and the text of the system prompt."""
+    """One episode to play: who, on what, the text of the system prompt, and about how many tokens it will sample (0:
+    unknown)."""
 
     key: RolloutKey
     system_prompt: str
+    expected: int = 0
 
 
 @dataclass(slots=True)
@@ -85,7 +87,8 @@ class Collector:
         self, jobs: Sequence[Job], policy: int | None, temperature: float | None = None,
         progress: Progress | None = None, top_p: float | None = None, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
-        """Play all `jobs`; the rollouts come in their order. Blocks; `acollect` is the asynchronous form.
+        """Play all `jobs`, those that are expected to be long first; the rollouts come in the order of the jobs. It
+        blocks; `acollect` is the asynchronous form.
 
         `policy` None is the base model. An interrupt ends every episode and closes its environment before it is
         raised. Raises EsplError where too many episodes fail, those of the same step that were played `earlier`
@@ -102,7 +105,7 @@ class Collector:
             jobs, policy, self.config.temperature if temperature is None else temperature,
             self.config.top_p if top_p is None else top_p, progress, earlier,
         )
-        queue = iter(enumerate(jobs))
+        queue = iter(sorted(enumerate(jobs), key=lambda numbered: -numbered[1].expected))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.config.concurrency, len(jobs))):
@@ -214,6 +217,7 @@ class Collector:
                 top_p=batch.top_p,
                 policy=batch.policy,
                 session=session,
+                expected=max(job.expected - episode.sampled, 0),
             ))
             episode.turns.append(Turn(tuple(context), sample.tokens, sample.logprobs, fork))
             said = len(episode.messages) + 1

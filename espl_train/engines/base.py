@@ -5,7 +5,7 @@ An engine never sees text, prompts or rewards. Every engine passes `tests/test_e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +16,8 @@ class Request:
 
     `temperature` 0 is greedy. `policy=None` asks for the base model (adapter off: the reference policy). `session`
     names an episode: an engine may keep its KV cache between the turns of one session until `release(session)`.
+    `expected` tokens will about be sampled in the rest of the episode (0: unknown): where not all requests can start at
+    once, the longest do. It decides nothing else.
     """
 
     tokens: tuple[int, ...]
@@ -26,6 +28,7 @@ class Request:
     top_p: float = 1.0
     policy: int | None = None
     session: str | None = None
+    expected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,10 @@ class Engine(Protocol):
 
     def load_policy(self, version: int) -> None:
         """From now on serve this version of the weights. Raises EngineError if it cannot prove that it does."""
+        ...
+
+    def counts(self) -> Mapping[str, float]:
+        """What was counted since the last call, by the names of metrics."""
         ...
 
     def pause(self) -> None:

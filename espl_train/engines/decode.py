@@ -8,6 +8,7 @@ nothing depends on time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from espl_train.engines.kv import Slab
 from espl_train.engines.sampling import Law, draw, log_probabilities
 from espl_train.engines.slots import Row, Slots, common_prefix
+from espl_train.profiling import span
 from espl_train.randomness import uniforms
 
 SHARE = 16                 # a common prefix shorter than this is not worth a second prefill call
@@ -25,36 +27,58 @@ PADDING = 128              # padding that costs a CPU less than another prefill 
 BLOCK = 32                 # the least by which the slab's width changes
 
 
+@dataclass(slots=True)
+class Reuse:
+    """Tokens of admitted prompts whose keys and values were needed: all, those kept from the session's last turn, and
+    those copied from other rows. The rest was computed."""
+
+    needed: int = 0
+    kept: int = 0
+    copied: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Hit rates; nothing where nothing was needed."""
+        return {"kv/kept": self.kept / self.needed, "kv/copied": self.copied / self.needed} if self.needed else {}
+
+
 class Decoder:
-    """Decodes up to `slots` rows together. `budget` bounds the memory in bytes.
+    """Decodes up to `slots` rows together. `budget` bounds the memory in bytes; `reuse` is counted on.
 
     On a CPU the slab is kept as narrow as the rows are long, because what lies between them costs time; elsewhere it
     gets the width that the rows may come to need, because moving it costs memory.
     """
 
-    def __init__(self, slab: Slab, device: torch.device, slots: int, budget: int) -> None:
+    def __init__(
+        self, slab: Slab, device: torch.device, slots: int, budget: int, reuse: Reuse | None = None
+    ) -> None:
         self.slab, self.device, self.slots = slab, device, slots
+        self.reuse = reuse or Reuse()
         self.active: list[Row] = []
         self.memory = Slots(slab, budget, BLOCK)
         self._tight = device.type == "cpu"
         self._padding = PADDING if self._tight else PREFILL_TOKENS
 
     def admit(self, queue: Sequence[Row], policy: int | None) -> list[Row]:
-        """Start as many rows of `queue`, in its order, as there is room for; returns those that were started."""
+        """Start as many rows of `queue` as there is room for, first those that are expected to be longest, then in its
+        order; returns them in its order."""
         reach = max((row.reach for row in self.active), default=0)
-        admitted: list[Row] = []
-        for row in queue:
-            rows, wider = len(self.active) + len(admitted) + 1, max(reach, row.reach)
+        chosen: set[Row] = set()
+        for row in sorted(queue, key=lambda row: -row.request.expected):
+            rows, wider = len(self.active) + len(chosen) + 1, max(reach, row.reach)
             if rows > self.slots or (rows > 1 and rows > self.memory.room(wider)):
                 break
             reach = wider
-            admitted.append(row)
+            chosen.add(row)
+        admitted = [row for row in queue if row in chosen]
         if admitted:
             width = max(row.known for row in (*self.active, *admitted)) if self._tight else reach
             if len(self.memory.held) > max(self.memory.room(reach), 1):
                 self.memory.shrink(self.active, width)
             self.memory.place(admitted, policy, width, reach)
-            self._prefill(admitted, policy)
+            self.reuse.needed += sum(len(row.request.tokens) - 1 for row in admitted)
+            self.reuse.kept += sum(self.memory.held[row.slot].length for row in admitted)
+            with span("sampling/prefill"):
+                self._prefill(admitted, policy)
             self.active += admitted
         return admitted
 
@@ -65,7 +89,8 @@ class Decoder:
         if self._tight:
             self.memory.fit(max(min(row.known + steps, row.reach) for row in self.active))
         rows = sorted(self.active, key=attrgetter("slot"))
-        tokens, logprobs = self._run(rows, steps)
+        with span("sampling/decode"):
+            tokens, logprobs = self._run(rows, steps)
         for row, ids, values in zip(rows, tokens, logprobs, strict=True):
             self._record(row, ids, values)
         done = [row for row in rows if row.stop or row.cancelled]
@@ -129,6 +154,7 @@ class Decoder:
                     copies.append((slot, row.slot, shared))
                 leaders.append(row)
             self.memory.copy(copies)
+            self.reuse.copied += sum(length for _, _, length in copies)
             self._compute(leaders)
             waiting = deferred
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,9 +24,10 @@ from torch import nn
 from espl_train.config import EngineConfig
 from espl_train.engines.base import EngineError, Request, Sample
 from espl_train.engines.callers import Callers, Waiter, waiter
-from espl_train.engines.decode import Decoder
+from espl_train.engines.decode import Decoder, Reuse
 from espl_train.engines.kv import Slab, slab_for
 from espl_train.engines.slots import Row
+from espl_train.profiling import window
 
 
 class Weights(Protocol):
@@ -79,6 +80,7 @@ class LocalEngine:
         self.stride = stride or (8 if self.device.type == "cpu" else 16)
         self._kv_bytes = kv_bytes or int((self.config.kv_gb or 0) * 2**30) or _quarter(self.device)
         self._decoder: Decoder | None = None
+        self._reuse = Reuse()
         self._version: int | None = None
         self.callers = Callers(self.config.deterministic)
         self._changed = self.callers.changed
@@ -142,6 +144,12 @@ class LocalEngine:
             with self.policy.sampling_weights(version):
                 self._version = version
 
+    def counts(self) -> Mapping[str, float]:
+        """See `Engine`. How much of the prompts was there already: `Reuse`."""
+        counted = self._reuse.metrics()
+        self._reuse.needed = self._reuse.kept = self._reuse.copied = 0
+        return counted
+
     def pause(self) -> None:
         """See `Engine`. Keys and values of episodes between two turns are forgotten; idle, the whole slab is."""
         with self._changed:
@@ -201,18 +209,20 @@ class LocalEngine:
         if self._decoder is None:
             self._decoder = self._decoder_over(slab_for(model))
         self._decoder.slab.model = model
-        while True:
-            done = self._admit(self._decoder, model, policy)
-            if self._decoder.active:
-                done += [self._finish(row) for row in self._decoder.stride(self.stride)]
-            if not self._running and not any(call.policy == policy for call in self._queue):
-                return done
-            self._deliver(done)
-            if not self._settled():
-                return []
+        with window("sampling") as piece:
+            while True:
+                done = self._admit(self._decoder, model, policy)
+                if self._decoder.active:
+                    done += [self._finish(row) for row in self._decoder.stride(self.stride)]
+                piece()
+                if not self._running and not any(call.policy == policy for call in self._queue):
+                    return done
+                self._deliver(done)
+                if not self._settled():
+                    return []
 
     def _decoder_over(self, slab: Slab) -> Decoder:
-        return Decoder(slab, self.device, self.config.slots, self._kv_bytes)
+        return Decoder(slab, self.device, self.config.slots, self._kv_bytes, self._reuse)
 
     def _admit(self, decoder: Decoder, model: nn.Module, policy: int | None) -> list[_Call]:
         """Take what fits from the queue; scores are computed at once and returned."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -54,7 +54,7 @@ class _Call:
         if isinstance(asked, Score):
             return (0, policy, asked.tokens, asked.start)
         law = (asked.temperature, asked.top_p, asked.stop_ids)
-        return (1, policy, asked.tokens, asked.seed, asked.max_new, *law, asked.session or "")
+        return (1, policy, -asked.expected, asked.tokens, asked.seed, asked.max_new, *law, asked.session or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,13 @@ class VllmEngine:
                 raise EngineError("weights cannot change while requests are under way")
         self._serve(version)
         self._state = state
+
+    def counts(self) -> Mapping[str, float]:
+        """See `Engine`. Where the seconds of the last load went."""
+        sync = self.last_sync
+        if sync is None:
+            return {}
+        return {"sync/publish_seconds": sync.publish, "sync/load_seconds": sync.load, "sync/prove_seconds": sync.prove}
 
     def pause(self) -> None:
         """See `Engine`. Only on a GPU there is something to give back, and only where nothing is under way."""

@@ -29,7 +29,7 @@ from espl_train.runs.metrics import RunLog, TensorBoard, plain
 from espl_train.settings import differences, from_toml, override, to_toml
 
 HARMLESS = (
-    *("steps", "keep_checkpoints", "tensorboard", "model.device", "model.threads"),
+    *("steps", "keep_checkpoints", "tensorboard", "overlap", "model.device", "model.threads"),
     *("learner.parallel", "learner.rank_timeout"),
     *("sandbox.max_live", "sandbox.warm", "sandbox.lease_timeout"),
 )
