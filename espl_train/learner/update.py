@@ -28,6 +28,7 @@ from espl_train.learner.policy import Policy
 from espl_train.learner.ranks import ALONE, Ranks, whole
 from espl_train.learner.sequences import training_sequences
 from espl_train.learner.tally import Tally, UpdateReport
+from espl_train.profiling import span, window
 from espl_train.records import Group
 
 NO_CONTRAST = "no contrast"
@@ -94,12 +95,13 @@ class Learner:
             tally = self._gradient(batches)
             if tally is None:
                 return None
-            norm = self._gradient_norm()
-            if not math.isfinite(norm):
-                self._forget_gradients()
-                return self._skip(NOT_FINITE, start)
-            rate = self._rate()
-            self._step(rate)
+            with span("update/optimiser"):
+                norm = self._gradient_norm()
+                if not math.isfinite(norm):
+                    self._forget_gradients()
+                    return self._skip(NOT_FINITE, start)
+                rate = self._rate()
+                self._step(rate)
         self.ranks.merge(tally)
         version = self.policy.advance()
         seconds = time.perf_counter() - start
@@ -132,21 +134,25 @@ class Learner:
     def _micro_batches(self, groups: Sequence[Group]) -> list[MicroBatch]:
         """The whole update, weights set; empty where there is nothing to learn."""
         config = self.config
-        return pack(training_sequences(groups, config.normalise, config.normalise_constant), self.limits)
+        with span("update/pack"):
+            return pack(training_sequences(groups, config.normalise, config.normalise_constant), self.limits)
 
     def _gradient(self, batches: Sequence[MicroBatch]) -> Tally | None:
         """The gradient of this rank's share; None where memory ran out on one and the next attempt will need less."""
         tally, failed, why = Tally(), (0, 0), None
         self._checkpoint_where_needed(max((batch.size for batch in batches), default=0))
-        for batch in batches:
-            try:
-                with memory.watched():
-                    self._accumulate(batch.to(self.policy.device), tally if batch.sequences else Tally())
-            except memory.OutOfMemory as error:
-                if self.ranks.lockstep:
-                    raise memory.explained(error, self.policy.device, batch.size, self.policy.checkpointing) from error
-                failed, why = (batch.size, batch.sequences), memory.OutOfMemory(str(error), error.wanted)
-                break
+        with window("update") as piece:
+            for batch in batches:
+                try:
+                    with memory.watched():
+                        self._accumulate(batch.to(self.policy.device), tally if batch.sequences else Tally())
+                except memory.OutOfMemory as error:
+                    if self.ranks.lockstep:
+                        device, checkpointing = self.policy.device, self.policy.checkpointing
+                        raise memory.explained(error, device, batch.size, checkpointing) from error
+                    failed, why = (batch.size, batch.sequences), memory.OutOfMemory(str(error), error.wanted)
+                    break
+                piece()
         size, sequences = max(self.ranks.exchange(failed))
         if not size:
             return tally
@@ -185,12 +191,15 @@ class Learner:
 
     def _accumulate(self, batch: MicroBatch, tally: Tally) -> None:
         """Add one micro-batch's share to the gradient and to the tally."""
-        reference = self._reference(batch) if self.config.kl else None
-        inputs, entropy = self._loss_inputs(batch)
-        corrected = corrections.apply(inputs, self.config.correction, self.config.correction_bounds)
-        outputs = self.loss(corrected.inputs)
-        loss = outputs.loss if reference is None else outputs.loss + self._penalty(corrected.inputs, reference, tally)
-        loss.backward()
+        with span("update/forward"):
+            reference = self._reference(batch) if self.config.kl else None
+            inputs, entropy = self._loss_inputs(batch)
+            corrected = corrections.apply(inputs, self.config.correction, self.config.correction_bounds)
+            outputs = self.loss(corrected.inputs)
+            penalty = 0.0 if reference is None else self._penalty(corrected.inputs, reference, tally)
+            loss = outputs.loss + penalty
+        with span("update/backward"):
+            loss.backward()
         tally.add(inputs, outputs, loss, entropy, batch.sequences)
         tally.sums["computed"] += batch.size
         tally.disagreement(inputs, corrected)
