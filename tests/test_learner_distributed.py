@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from learner_kit import group, random_groups, rollout, tiny_folder
 from ranks_kit import Nursery, gradients
 
 from espl_envs.core.errors import EsplError
+from espl_train.cli import main
 from espl_train.config import Config
 from espl_train.learner import distributed, topology
 from espl_train.learner.distributed import Team, by_cost, fingerprint, in_rounds
@@ -26,6 +29,7 @@ from espl_train.learner.sequences import training_sequences
 from espl_train.learner.update import Learner
 from espl_train.records import Group
 from espl_train.runs import checkpoint
+from espl_train.runs.metrics import read_lines
 from espl_train.settings import ConfigError, load
 
 
@@ -298,3 +302,37 @@ def test_large_weights_are_sharded_where_they_may_be(settings: Callable[..., Con
 def test_the_local_engine_needs_whole_weights() -> None:
     with pytest.raises(ConfigError, match=r"learner\.parallel is fsdp, but engine\.kind is local"):
         load(overrides={"learner.parallel": "fsdp"})
+
+
+SMALL = {
+    "tensorboard": "no", "rollout.problems": "4", "rollout.samples": "4", "rollout.prompts": "2",
+    "evaluation.every": "0", "evaluation.problems": "2", "evaluation.test_problems": "2",
+    "learner.micro_batch_tokens": "256", "model.device": "cpu",
+}  # fmt: skip
+FIGURES = ("reward/mean", "loss", "grad_norm", "tokens", "version", "entropy")
+
+
+def train(*words: str) -> None:
+    assert main(["--quiet", *words]) == 0
+
+
+def test_torchrun_trains_what_one_process_trains_and_one_process_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [f"--{key}={value}" for key, value in SMALL.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "espl_train", *small, "--steps", "2", "--out", str(tmp_path / "two"), "--quiet"],
+        capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0 and "best system prompt" in done.stdout, done.stderr
+    train(*small, "--steps", "2", "--out", str(tmp_path / "one"))
+    ours, theirs = (list(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("two", "one"))
+    assert [r["step"] for r in ours] == [0, 1, 2]
+    for mine, other in zip(ours, theirs, strict=True):
+        shared = {key: value for key, value in other.items() if key.rpartition("/")[2] in FIGURES}
+        assert {key: mine[key] for key in shared} == pytest.approx(shared, rel=1e-4, abs=1e-6)
+    train("--resume", str(tmp_path / "two"), "--steps", "3")
+    assert [r["step"] for r in read_lines(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert "best system prompt" in capsys.readouterr().out
