@@ -17,12 +17,14 @@ import pytest
 import torch
 from learner_kit import group, random_groups, rollout, tiny_folder
 from ranks_kit import Nursery, gradients
+from safetensors.torch import load_file
 
 from espl_envs.core.errors import EsplError
 from espl_train.cli import main
 from espl_train.config import Config
 from espl_train.learner import distributed, topology
 from espl_train.learner.distributed import Team, by_cost, fingerprint, in_rounds
+from espl_train.learner.logprobs import sequence_logprobs
 from espl_train.learner.packing import Limits, MicroBatch, pack
 from espl_train.learner.ranks import ALONE, Place, RankLost
 from espl_train.learner.sequences import training_sequences
@@ -118,6 +120,38 @@ def same_tree(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same_tree, one, other))
     return bool(one == other)
+
+
+@pytest.mark.parametrize("kind", [{**SHARDED, "gradient_checkpointing": "off"}, SHARDED_WHOLE], ids=NAMES[2:])
+def test_rank_0_looks_at_sharded_weights_and_writes_them_out(
+    kind: dict[str, Any], nursery: Nursery, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    lora = "mode" not in kind
+    config, passage = settings(**kind, dtype="bfloat16" if lora else "float32"), range(2, 20)
+    one = Learner.of(config)
+    with nursery.learner(config) as two:
+        for step in range(2):
+            for learner in (one, two):
+                learner.update(random_groups(step))
+            two.policy.trainable_parameters()            # what rank 0 alone does is no matter for the others
+            for reference in (False, True)[: 1 + lora]:
+                ours, theirs = (
+                    who.policy.run(sequence_logprobs, passage, 4, reference=reference).detach() for who in (two, one)
+                )
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        for name, who in (("one", one), ("two", two)):
+            who.policy.save_adapter(tmp_path / name / "adapter")
+            who.policy.save_merged(tmp_path / name / "merged")
+        with pytest.raises(EsplError, match="sample with --engine"), two.policy.sampling_weights(two.policy.version):
+            pass
+    for kept in ("adapter", "merged"):
+        files = sorted(path.name for path in (tmp_path / "one" / kept).iterdir())
+        assert files == sorted(path.name for path in (tmp_path / "two" / kept).iterdir())
+        for file in (file for file in files if file.endswith(".safetensors")):
+            mine, other = (load_file(tmp_path / name / kept / file) for name in ("two", "one"))
+            assert mine.keys() == other.keys()
+            for key in mine:
+                torch.testing.assert_close(mine[key], other[key], atol=1e-5, rtol=1e-2 if lora else 1e-4)
 
 
 def average(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ class Core:
         self.device = device
         self._adapter: Adapter | None = None
         self._engine: Any = None
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(_ranks() > 1))
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(torch.distributed.is_initialized()))
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         with _undisturbed():
@@ -85,7 +85,9 @@ class Core:
                 common = self._arguments(model, settings, config, context, kv_bytes)
                 self._engine = _built({**common, **_lora(rank, targets, self.device)})
             except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as error:
-                raise EsplError(f"vLLM cannot be set up for '{settings.path}': {_said(error)}") from error
+                said = _said(error)
+                knobs = "; engine.gpu_memory, engine.kv_gb and engine.context decide" if "memory" in said else ""
+                raise EsplError(f"vLLM cannot be set up for '{settings.path}': {said}{knobs}") from error
         self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     def _arguments(
@@ -143,6 +145,7 @@ class Core:
 
     def unload(self) -> None:
         """Serve the base model alone."""
+        self._drain()
         if self._adapter is not None:
             self._engine.remove_lora(self._adapter.id)
         self._adapter = None
@@ -152,6 +155,7 @@ class Core:
         """Give memory back; nothing may be under way. Keys and values are lost in any case but 'keep'."""
         if self.device.type != "cuda" or how == "keep":
             return
+        self._drain()
         if how == "sleep":
             self._engine.sleep(level=1)                 # level 2 would throw the adapters away
         else:
@@ -168,6 +172,12 @@ class Core:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
+
+    def _drain(self) -> None:
+        """Finish the step that vLLM has begun ahead for requests that have ended meanwhile."""
+        ahead = getattr(self._engine.engine_core, "engine_core", None)      # where it works in this process
+        while ahead is not None and ahead.batch_queue:
+            self._engine.step()
 
     def _request(self, policy: int | None) -> Any:
         from vllm.lora.request import LoRARequest
@@ -218,10 +228,6 @@ def _on_cpu(context: int) -> dict[str, Any]:
     return {
         "enable_chunked_prefill": False, "max_num_batched_tokens": max(context, CPU_PREFILL), "block_size": CPU_BLOCK,
     }
-
-
-def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _lora(rank: int, targets: Sequence[str], device: torch.device) -> dict[str, Any]:

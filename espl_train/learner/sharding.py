@@ -75,18 +75,17 @@ class ShardedPolicy(Policy):
         team.channel.exchange(None)          # reading takes as long as it takes: nobody waits in a collective meanwhile
         return cls(model, tokenizer, config, settings, team, source, seed)
 
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Policy`. The shards, also where a forward pass has left embeddings and head whole."""
-        self._root.reshard()
-        return super().trainable_parameters()
-
     def run(self, function: Callable[..., Any], *args: Any, reference: bool = False) -> Any:
         """`function(causal, *args)` with the weights in place, on all ranks; see `Policy.run`."""
         self._team.invite(_run, function, args, reference)
-        if not reference:
-            return self._root(function, *args)
-        with torch.no_grad(), self.model.disable_adapter():
-            return self._root(function, *args)
+        if reference:
+            with torch.no_grad(), self.model.disable_adapter():
+                found = self._root(function, *args)
+        else:
+            found = self._root(function, *args)
+        if not self._turns["training"]:          # there a backward pass needs embeddings and head, and reshards them
+            self._root.reshard()
+        return found
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -118,7 +117,6 @@ class ShardedPolicy(Policy):
         """The merged weights under the names of the plain model, on the CPU; on ranks other than 0 they are dropped."""
         from peft.tuners.lora import LoraLayer
 
-        self._root.reshard()
         found: dict[str, Tensor] = {}
         layers: dict[str, Any] = {n: m for n, m in self.causal.named_modules() if isinstance(m, LoraLayer)}
         for name, parameter in self.causal.named_parameters():
