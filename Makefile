@@ -16,20 +16,21 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 # What ESPL_REQUIRE names is never skipped; vLLM is required of the second environment, the rest of the first.
 COMMA := ,
 REQUIRED := $(subst $(COMMA), ,$(ESPL_REQUIRE))
-SECOND := $(if $(or $(filter vllm,$(REQUIRED)),$(wildcard $(VLLM_VENV)/.ready)),test-vllm)
+SECOND := $(or $(filter vllm,$(REQUIRED)),$(wildcard $(VLLM_VENV)/.ready))
 
 .PHONY: train test test-main test-vllm vllm lint bench clean
 
 train: $(VENV)/.train
 	@$(BIN)/espl-train $(ARGS)
 
-test: test-main $(SECOND)
+test: test-main
+	$(if $(SECOND),@$(MAKE) --no-print-directory test-vllm)
 
 test-main: lint
 	ESPL_REQUIRE=$(subst $() ,$(COMMA),$(filter-out vllm,$(REQUIRED))) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-vllm: vllm $(if $(SECOND),test-main)
+test-vllm: vllm
 	ESPL_REQUIRE=vllm OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_engines_*.py
 
