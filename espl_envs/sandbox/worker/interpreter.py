@@ -53,7 +53,7 @@ class Interpreter:
         self.broken = False
         self.reply: Reply | None = None
         self._number = 0
-        self._busy, self._size = False, 0
+        self._busy, self._source_size = False, 0
         self._inbox, self._outbox = bytearray(), memoryview(b"")
 
     def submit(self, source: bytes, out: Capture, err: Capture) -> None:
@@ -61,8 +61,8 @@ class Interpreter:
         self._number += 1
         self._busy, self.fresh, self.reply = True, False, None
         self.out.capture, self.err.capture = out, err
-        request = REQUEST.pack(self._number, len(source)) + source
-        self._size, self._outbox = len(request), memoryview(request)
+        self._source_size = len(source)
+        self._outbox = memoryview(REQUEST.pack(self._number, len(source)) + source)
         self.send()
 
     @property
@@ -100,9 +100,9 @@ class Interpreter:
                 self._busy = False
 
     def unheard(self) -> bool:
-        """Whether the session has read nothing of the call in flight: then none of it was run."""
+        """Whether the session has read no source of the call in flight: then none of it was run."""
         unread = struct.unpack("i", fcntl.ioctl(self._requests, termios.FIONREAD, bytes(4)))[0]
-        return len(self._outbox) + unread >= self._size
+        return len(self._outbox) + unread >= self._source_size
 
     def end_call(self) -> None:
         """What the session writes from here on belongs to no call."""

@@ -82,7 +82,7 @@ class Job:
             "truncated": self.out.truncated or self.err.truncated, "bytes_out": self.out.total + self.err.total,
             # whole numbers: the digits of fractions take longer to make than all the rest of a header
             "wall_us": int((time.monotonic() - self.started) * 1e6),
-            "cpu_us": int((cpu + self.box.tree.orphans_cpu - self._orphans_cpu) * 1e6), "peak_kib": peak_kib,
+            "cpu_us": int(max(0.0, cpu + self.box.tree.orphans_cpu - self._orphans_cpu) * 1e6), "peak_kib": peak_kib,
         }
         return header, out + err + (value or b"")
 

@@ -22,7 +22,6 @@ from typing import Any
 from .talk import FINE, NO_MEMORY, RAISED, REPLY, REQUEST, VALUE_KEEP
 
 _SOURCES_KEPT = 500
-_PIECE = 1 << 16
 _HIGH = 200                             # out of the way of code that closes low descriptors by habit
 
 
@@ -90,23 +89,14 @@ def _serve(
 ) -> None:
     me, own = getpid(), (sys.stdout, sys.stderr)
 
-    def more() -> bytes:
-        piece: bytes = read(requests, _PIECE)         # one call at a time is sent, so nothing of the next is in it
-        if not piece:
-            leave(0)
-        return piece
-
-    def request() -> tuple[int, bytes]:
-        data = more()
-        while len(data) < REQUEST.size:
-            data += more()
-        number, size = REQUEST.unpack_from(data)
-        if len(data) < REQUEST.size + size:
-            whole = bytearray(data)
-            while len(whole) < REQUEST.size + size:
-                whole += more()
-            data = bytes(whole)
-        return number, data[REQUEST.size:]
+    def exactly(count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            piece = read(requests, count - len(data))
+            if not piece:
+                leave(0)
+            data += piece
+        return bytes(data)
 
     def calm() -> None:
         while True:
@@ -119,7 +109,9 @@ def _serve(
     calm()
     try:
         while True:
-            number, source = request()
+            # Two reads: what is killed while it waits may still take what its read asked for, but no more than that.
+            number, size = REQUEST.unpack(exactly(REQUEST.size))
+            source = exactly(size)
             outcome, value = RAISED, None
             try:
                 on(number_of, interrupt)

@@ -15,7 +15,8 @@ from resource import struct_rusage
 from .kernel import PR_SET_CHILD_SUBREAPER, prctl
 
 _PATIENCE = 0.1        # seconds for ending processes one by one, before a fork bomb is ended at one blow
-_GIVE_UP = 3.0
+_BOMB = 3              # what gives birth in more rounds than this is a fork bomb
+_GIVE_UP = 8.0         # seconds; dying takes its time where the machine is busy
 
 
 class Stuck(Exception):
@@ -76,8 +77,13 @@ class Tree:
         return any(int(pid) != spare for pid in found)
 
     def sweep(self, spare: int | None = None, *, spare_children: bool = True) -> None:
-        """SIGKILL until nobody is left but `spare` (and what it started). Raises Stuck."""
-        start = time.monotonic()
+        """SIGKILL until nobody is left but `spare` (and what it started). Raises Stuck.
+
+        The blow that ends a fork bomb ends `spare` too. So time alone does not call for it, births do: on a busy
+        machine those who were struck may take long to go, and nobody else must pay for that.
+        """
+        start, births = time.monotonic(), -1
+        struck: set[int] = set()
         everybody = self.first and spare is None
         while True:
             if everybody:
@@ -90,9 +96,11 @@ class Tree:
             waited = time.monotonic() - start
             if waited > _GIVE_UP:
                 raise Stuck(f"{len(doomed)} processes do not end")
-            everybody = everybody or (self.first and waited > _PATIENCE)
+            births += not struck.issuperset(doomed)
+            everybody = everybody or (self.first and waited > _PATIENCE and births > _BOMB)
             if not everybody:
                 self._kill(doomed)
+                struck.update(doomed)
             time.sleep(0.001)
 
     @staticmethod
