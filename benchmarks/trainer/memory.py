@@ -27,7 +27,7 @@ from espl_train.randomness import generator
 from espl_train.records import Group, Rollout, RolloutKey, StopReason, Turn
 
 BOUND = 2.0
-SYSTEM, PROBLEM, SHORTEST, LONGEST = 200, 40, 32, 256
+SYSTEM, PROBLEM, SHORTEST, LONGEST = 200, 40, 16, 128
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def theirs(work: Work) -> Peak:
 
 
 def batch(work: Work) -> list[Group]:
-    """Rollouts in random tokens: one system prompt, a few problems, replies of 32 to 256 tokens."""
+    """Rollouts in random tokens: one system prompt, a few problems, replies of 16 to 128 tokens."""
     random = generator(0, "memory")
 
     def ids(count: int) -> tuple[int, ...]:

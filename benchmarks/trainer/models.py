@@ -39,7 +39,7 @@ SHAPES: dict[str, PretrainedConfig] = {
     "Qwen2.5-0.5B": _qwen(Qwen2Config, 896, 4864, 24, 14, num_key_value_heads=2),
     "Qwen2.5-1.5B": _qwen(Qwen2Config, 1536, 8960, 28, 12, num_key_value_heads=2),
     "Qwen3-4B": _qwen(Qwen3Config, 2560, 9728, 36, 32, num_key_value_heads=8, head_dim=128),
-    "tiny": _qwen(Qwen2Config, 64, 96, 2, 4, num_key_value_heads=2, vocab_size=1000),
+    "tiny": _qwen(Qwen2Config, 128, 192, 2, 4, num_key_value_heads=2, vocab_size=1000),
 }
 
 
