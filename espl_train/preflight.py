@@ -121,8 +121,8 @@ def _work(config: Config) -> Iterator[tuple[str, str]]:
     rollouts, most = steps * per_step * rounds, "at most " if rounds > 1 else ""
     yield "all", f"{steps:,} steps, {most}{rollouts:,} rollouts, at most {rollouts * rollout.max_total_tokens:,} tokens"
     validations = 2 + (math.ceil(steps / config.evaluation.every) - 1 if config.evaluation.every else 0)
-    most = config.evaluation.problems
-    yield "validation", f"{validations} times, at most {most} problems; the test split once, at the end"
+    problems = config.evaluation.problems
+    yield "validation", f"{validations} times, at most {problems} problems; the test split once, at the end"
 
 
 def _directory(config: Config, run: Path | None) -> Iterator[tuple[str, str]]:
