@@ -25,6 +25,7 @@ from espl_train.learner.ranks import ALONE, Place, RankLost
 
 if TYPE_CHECKING:
     from espl_train.learner.ranks import Ranks
+    from espl_train.profiling import Profile
     from espl_train.runs.console import Console
     from espl_train.runs.directory import RunDirectory
     from espl_train.runs.summary import Summary
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 EXTRA = frozenset(
     (
         *("torch", "transformers", "peft", "safetensors", "trueskill", "pydantic", "pydantic_core", "jinja2"),
-        *("rich", "tomli_w", "math_verify", "datasets", "huggingface_hub"),
+        *("rich", "tomli_w", "math_verify", "datasets", "huggingface_hub", "aiohttp"),
     )
 )
 
@@ -74,6 +75,8 @@ def _ranks() -> Iterator[Ranks]:
 
 
 def _command(words: list[str], ranks: Ranks) -> int:
+    if words[:1] == ["serve"]:
+        return _serve(words[1:])
     from espl_train import settings
 
     request = settings.parse(words)
@@ -85,6 +88,17 @@ def _command(words: list[str], ranks: Ranks) -> int:
         return 0
     with _signals():
         return _dry_run(request, ranks) if request.dry_run else _run(request, ranks)
+
+
+def _serve(words: list[str]) -> int:
+    """Answer requests until Ctrl-C or SIGTERM, which is how a server ends."""
+    from espl_train.serving.command import serve
+
+    try:
+        with _signals():
+            return serve(words)
+    except KeyboardInterrupt as stop:
+        return 143 if isinstance(stop, Terminated) else 130
 
 
 def _dry_run(request: Request, ranks: Ranks) -> int:
@@ -110,21 +124,21 @@ def _run(request: Request, ranks: Ranks) -> int:
     if request.resume:
         with RunDirectory.open(request.resume, request.overrides) as run:
             inspect(run.config, run.path)
-            return _guarded(run, request.quiet, ranks)
+            return _guarded(run, request, ranks)
     config = load(request.presets, request.config, request.overrides)
     inspect(config)
     ranks.check(config)
     with RunDirectory.create(config) as run:
-        return _guarded(run, request.quiet, ranks)
+        return _guarded(run, request, ranks)
 
 
-def _guarded(run: RunDirectory, quiet: bool, ranks: Ranks) -> int:
+def _guarded(run: RunDirectory, request: Request, ranks: Ranks) -> int:
     """Train; whatever ends it early is told together with how to go on."""
     from espl_train.runs.checkpoint import CheckpointError
 
     try:
         with _explained_imports():
-            _train(run, quiet, ranks)
+            _train(run, request, ranks)
     except EsplError as error:
         hopeless = run.saved_step is None or isinstance(error, CheckpointError)
         standing = "" if hopeless else f"\n{_capital(run.standing())}."
@@ -138,11 +152,11 @@ def _guarded(run: RunDirectory, quiet: bool, ranks: Ranks) -> int:
     return 0
 
 
-def _train(run: RunDirectory, quiet: bool, ranks: Ranks) -> None:
+def _train(run: RunDirectory, request: Request, ranks: Ranks) -> None:
     from espl_train.runs.console import Console
 
     title = f"{run.config.env.id} · {run.config.model.path} · seed {run.config.seed} · {run.path}"
-    with Console(run.config.steps, title, quiet) as console:
+    with Console(run.config.steps, title, request.quiet) as console, contextlib.ExitStack() as open_:
         run.warn = console.warn
         console.phase("loading the model")
         from transformers.utils import logging
@@ -152,8 +166,20 @@ def _train(run: RunDirectory, quiet: bool, ranks: Ranks) -> None:
         logging.disable_progress_bar()
         for name, text in ranks.check(run.config):
             console.note(f"{name}: {text}")
-        summary = Trainer(run.config, run, console, ranks).train()
+        profile = None
+        if request.profile is not None:
+            profile = open_.enter_context(_profile(run, request.profile))
+        summary = Trainer(run.config, run, console, ranks, profile).train()
         _finish(run, console, summary)
+        if profile is not None:
+            console.show(profile.table())
+
+
+def _profile(run: RunDirectory, steps: Sequence[int]) -> Profile:
+    from espl_train.learner.loading import pick_device
+    from espl_train.profiling import Profile
+
+    return Profile(run.path / "profile", steps, device=pick_device(run.config.model.device).type)
 
 
 def _finish(run: RunDirectory, console: Console, summary: Summary) -> None:

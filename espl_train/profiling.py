@@ -78,6 +78,10 @@ class Profile:
 
     def __enter__(self) -> Profile:
         global _current
+        from torch.profiler import profile
+
+        with profile():              # the first one has to be on the main thread
+            pass
         if self._cuda:
             import torch
 

@@ -31,8 +31,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body], None]:
 
     def install(body: Body) -> None:
         class Trainer:
-            def __init__(self, config: Any, run: Any, console: Any, ranks: Any) -> None:
-                del ranks
+            def __init__(self, config: Any, run: Any, console: Any, *_: Any) -> None:
                 self.config, self.run, self.console = config, run, console
                 restored = run.restore()
                 self.step = restored[0] if restored else 0

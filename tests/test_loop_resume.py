@@ -110,3 +110,25 @@ def test_another_seed_is_another_run(tmp_path: Path, uninterrupted: dict[str, An
     folder = tmp_path / "other"
     play(RunDirectory.create(config(folder, seed=1, steps=1)), Console(quiet=True))
     assert contents(folder)["metrics.jsonl"][1] != uninterrupted["metrics.jsonl"][1]
+
+
+class InterruptedOnce(Console):
+    """Ctrl-C in the second step, while weights are updated and reflection runs beside."""
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        self.updates = getattr(self, "updates", 0) + (name == "update and reflection")
+        if self.updates == 2:
+            raise KeyboardInterrupt
+        super().phase(name, total)
+
+
+def test_reflection_beside_the_update_changes_no_bit(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    """Begun with overlap and interrupted in it, continued without: the run that never overlapped."""
+    folder = tmp_path / "overlapping"
+    with pytest.raises(KeyboardInterrupt):
+        play(RunDirectory.create(config(folder, overlap="on")), InterruptedOnce(quiet=True))
+    assert checkpoint.load_newest(folder / "checkpoints")[0] == 1
+    play(RunDirectory.open(folder, {"overlap": "off"}), Console(quiet=True))
+    found = contents(folder)
+    for name, expected in uninterrupted.items():
+        assert same(found[name], expected), name

@@ -472,3 +472,19 @@ def test_what_was_sampled_after_a_fork_is_learnt_as_it_was_sampled(forgotten: bo
     report = Learner(policy, policy.config).update([group])
     assert report.sequences == (6 if forgotten else 18)
     assert (abs(report.ratio_mean - 1) < 1e-5 and report.behaviour_kl < 1e-8) is not forgotten
+
+
+def test_the_collector_starts_long_episodes_first_and_keeps_the_order_of_results() -> None:
+    todo = [replace(job, expected=10 * (i % 3)) for i, job in enumerate(jobs(6))]
+    played, engine = collector("\\boxed{0}", concurrency=1)
+    rollouts = played.collect(todo, policy=0)
+    assert [r.key for r in rollouts] == [job.key for job in todo]
+    started = [str(request.session).split("/")[3] for request in engine.requests if len(request.tokens) < 4000]
+    assert list(dict.fromkeys(started)) == ["2", "5", "1", "4", "0", "3"]
+
+
+def test_what_is_left_of_an_episode_shrinks_with_every_turn() -> None:
+    played, engine = collector("I do not know", max_turns=3, concurrency=1)
+    played.collect([replace(jobs(1)[0], expected=20)], policy=0)
+    said = len("I do not know") + 1
+    assert [request.expected for request in engine.requests] == [20, 20 - said, 0]

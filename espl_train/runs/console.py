@@ -153,6 +153,10 @@ class Console:
         self.__exit__()
         self._out.print(summary_view(summary, self._out.is_terminal))
 
+    def show(self, text: str) -> None:
+        """Something that was asked for. Shown even when quiet."""
+        self._say(Text(f"\n{clean(text)}"), always=True)
+
     def _say(self, text: Text, always: bool = False) -> None:
         """Print a line. Never with `_lock` held: the drawing thread takes rich's lock first and then ours."""
         if self._quiet and not always:

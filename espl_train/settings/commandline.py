@@ -38,6 +38,7 @@ espl-train trains a language model's weights and its system prompt together (E-S
   espl-train --env espl/GSM8K-v0 --tools python   the model may run Python in a box
   espl-train --preset aimo_beyondaime             an experiment of the paper
   espl-train --resume runs/NAME                   continue a run where it stopped
+  espl-train serve runs/NAME                      answer OpenAI's protocol with what it has trained (serve --help)
 """
 COMMAND_OPTIONS = (
     ("--env ID", "environment to train on (env.id)"),
@@ -50,6 +51,7 @@ COMMAND_OPTIONS = (
     ("--resume RUN", "continue the run in this directory, with its own settings"),
     ("--dry-run", "print the settings and what would happen, then stop"),
     ("--quiet", "print the summary only"),
+    ("--profile[=STEP,…]", "where time goes, into RUN/profile: a table of phases, traces of these steps [the second]"),
     ("--version", "print the version"),
     ("-h, --help", "this page"),
 )
@@ -64,6 +66,7 @@ class Request:
     config: Path | None = None
     resume: Path | None = None
     flags: frozenset[str] = frozenset()
+    profile: tuple[int, ...] | None = None     # steps to trace; none given: the profile chooses
 
     @property
     def dry_run(self) -> bool:
@@ -80,6 +83,7 @@ def parse(argv: Sequence[str]) -> Request:
     presets: list[str] = []
     paths: dict[str, Path] = {}
     flags: set[str] = set()
+    profile: tuple[int, ...] | None = None
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -92,6 +96,8 @@ def parse(argv: Sequence[str]) -> Request:
             if equals:
                 raise ConfigError(f"--{name} takes no value, but {value!r} was given.")
             flags.add(name)
+        elif name == "profile":
+            profile = _steps(value) if equals else ()
         elif name == "tools":
             given = value if equals else _next(rest, name)
             overrides[TOOLS] = [*overrides.get(TOOLS, ()), *(t.strip() for t in given.split(",") if t.strip())]
@@ -108,10 +114,17 @@ def parse(argv: Sequence[str]) -> Request:
                 continue
             text = value if equals else _next(rest, name)
             overrides[key] = option.read(text) if option is not None else read_loose(text)
-    request = Request(overrides, tuple(presets), paths.get("config"), paths.get("resume"), frozenset(flags))
+    request = Request(overrides, tuple(presets), paths.get("config"), paths.get("resume"), frozenset(flags), profile)
     if request.resume and (request.presets or request.config):
         raise ConfigError("--resume continues a run with its own settings: leave --preset and --config out.")
     return request
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    steps = [part.strip() for part in text.split(",")]
+    if not all(step.isascii() and step.isdigit() and int(step) for step in steps):
+        raise ConfigError(f"--profile={text} names no steps: numbers from 1 on, as in --profile=2 or --profile=2,10.")
+    return tuple(int(step) for step in steps)
 
 
 def _next(rest: list[str], name: str) -> str:
@@ -135,13 +148,13 @@ def _find(name: str) -> tuple[str, Option | None]:
     if key in sections():
         inside = ", ".join(o.rpartition(".")[2] for o in options() if o.startswith(f"{key}."))
         raise ConfigError(f"--{name} is a section; its options are --{key}.NAME with NAME one of {inside}.")
-    words = (*SHORT, *VALUES, *FLAGS)
+    words = (*SHORT, *VALUES, *FLAGS, "profile")
     close = nearest(name, (*words, "tools"), 0.75) or nearest_option(key) or nearest(name, words)
     raise ConfigError(f"There is no option --{name}.{hint(close, '--')} espl-train --help lists all of them.")
 
 
 def _as_option(word: str) -> str:
-    close = nearest(word.lstrip("-"), (*SHORT, *VALUES, *FLAGS, *options()), 0.8)
+    close = nearest(word.lstrip("-"), (*SHORT, *VALUES, *FLAGS, "profile", *options()), 0.8)
     return hint(close, "--")
 
 
