@@ -27,6 +27,7 @@ class Wanted:
     model: str | None = None
     command: str | None = None
     run: str | None = None
+    prompt: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     secret: Secret = field(default_factory=Secret)
     prices: Prices | None = None

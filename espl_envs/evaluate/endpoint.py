@@ -26,7 +26,7 @@ from espl_envs.core.randomness import derive
 from espl_envs.evaluate.agents import Act, AgentFailed, ContextExceeded, Reply, Seat, ToolSyntax, as_reply
 from espl_envs.evaluate.config import AgentConfig, Prices
 from espl_envs.evaluate.credentials import Secret
-from espl_envs.evaluate.pace import Pace
+from espl_envs.evaluate.pace import FLOOR, Pace
 from espl_envs.evaluate.records import TurnUsage
 from espl_envs.evaluate.refusals import Asked, EndpointFault, Passing, explain
 from espl_envs.evaluate.wire import Completion, Unreadable, from_wire, to_wire, tools_to_wire
@@ -69,18 +69,19 @@ class Limits:
 
 
 class EndpointDoor:
-    """A model behind a URL. Raises EsplError for a URL that is none."""
+    """A model behind a URL. Raises EsplError for a URL that is none. `verbatim`: a server that takes every message as
+    it is and decodes all that it is asked at once, as our own does, is sent them so."""
 
     tool_syntax: ToolSyntax = "native"
     system_prompts: tuple[str, ...] = ()
 
     def __init__(
         self, base_url: str, model: str, secret: Secret, sampling: Sampling | None = None, limits: Limits | None = None,
-        prices: Prices | None = None, config: AgentConfig | None = None,
+        prices: Prices | None = None, config: AgentConfig | None = None, verbatim: bool = False,
     ) -> None:
         self.base_url, self.model, self.secret = checked_url(base_url), model, secret
         self.sampling, self.limits, self.prices = sampling or Sampling(), limits or Limits(), prices
-        self.concurrency = self.limits.concurrency
+        self.concurrency, self.verbatim = self.limits.concurrency, verbatim
         self.config = config or AgentConfig("endpoint", model, model, self.base_url, self.sampling.to_dict())
 
     @asynccontextmanager
@@ -108,7 +109,8 @@ class Endpoint:
     """An open connection to a server."""
 
     def __init__(self, door: EndpointDoor, session: aiohttp.ClientSession) -> None:
-        self.door, self.pace = door, Pace(door.limits.concurrency)
+        most = door.limits.concurrency
+        self.door, self.pace = door, Pace(most, floor=most if door.verbatim else FLOOR)
         self._session = session
         self._limit_name = "max_tokens"
         self._asked = Asked(door.base_url, door.model, door.secret.name if door.secret.key else "")
@@ -135,7 +137,8 @@ class Endpoint:
 
     def _body(self, messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sampling = self.door.sampling
-        body: dict[str, Any] = {"model": self.door.model, "messages": to_wire(messages)}
+        sent = [message.to_openai() for message in messages] if self.door.verbatim else to_wire(messages)
+        body: dict[str, Any] = {"model": self.door.model, "messages": sent}
         if sampling.temperature is not None:
             body["temperature"] = sampling.temperature
         if sampling.max_tokens is not None:

@@ -75,6 +75,7 @@ def parser() -> Parser:
     who.add_argument("--model", metavar="NAME", help="the server's model; without --base-url a folder or hub id")
     who.add_argument("--command", metavar="WORDS", help="a program; {task_file} stands for the file with its task")
     who.add_argument("--run", metavar="DIR", help="a run of espl-train: its adapter and its chosen prompt")
+    who.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id")
     how = made.add_argument_group("models")
     how.add_argument("--api-key-env", metavar="VARIABLE", help=f"environment variable with the key ({VARIABLE})")
     how.add_argument("--temperature", type=_amount, metavar="T")
@@ -105,7 +106,7 @@ def wanted(options: argparse.Namespace) -> Wanted:
     if reserved := sorted(RESERVED & set(more)):
         raise EsplError(f"--request cannot set {reserved[0]!r}: espl-eval does that itself")
     return Wanted(
-        options.agent, options.base_url, options.model, options.command, options.run,
+        options.agent, options.base_url, options.model, options.command, options.run, options.prompt,
         sampling=Sampling(options.temperature, options.max_tokens, options.seed is not None, more),
         secret=Secret.from_variable(options.api_key_env),
         prices=options.price,

@@ -24,11 +24,13 @@ TOKENS_PER_REPLY = 20       # what prompt, network and queue cost, in tokens: ke
 
 
 class Pace:
-    """Admits requests. `most`: the limit's own limit. Lives on one event loop."""
+    """Admits requests. `most`: the limit's own limit; `floor`: what slowness alone does not take away. Lives on one
+    event loop."""
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic, floor: int = FLOOR) -> None:
         self.most, self.under_way = most, 0
-        self._limit = float(min(START, most))
+        self._floor = floor
+        self._limit = float(min(max(START, floor), most))
         self._clock = clock
         self._starting = True                   # no push-back so far: grow with every answer
         self._cut = float("-inf")               # when the limit was last halved
@@ -73,8 +75,8 @@ class Pace:
     def _look_back(self) -> None:
         mean = sum(self._window) / len(self._window)
         self._window.clear()
-        if self._lately and mean > SLOWER * min(self._lately) and self._limit > FLOOR:
-            self._limit, self._starting = max(float(FLOOR), self._limit * 0.8), False
+        if self._lately and mean > SLOWER * min(self._lately) and self._limit > self._floor:
+            self._limit, self._starting = max(float(self._floor), self._limit * 0.8), False
         self._lately.append(mean)
         self._enough = max(LEAST, self.limit)
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,14 @@ def load_newest(folder: Path, warn: Callable[[str], None] = to_stderr) -> tuple[
     Tensors come back on the CPU. Raises CheckpointError where there is none.
     """
     recover(folder)
+    return read_newest(folder, None, warn)
+
+
+def read_newest(
+    folder: Path, names: Collection[str] | None = None, warn: Callable[[str], None] = to_stderr
+) -> tuple[int, dict[str, Any]]:
+    """`load_newest` for whoever only reads, also while the run goes on: nothing is tidied up. Of the payloads only
+    `names`, by default all."""
     found = steps(folder)
     if not found:
         raise CheckpointError(f"There is no checkpoint in {folder}.")
@@ -81,7 +89,7 @@ def load_newest(folder: Path, warn: Callable[[str], None] = to_stderr) -> tuple[
     for step in reversed(found):
         path = folder / f"step-{step:06d}"
         try:
-            payloads = _read(path, step)
+            payloads = _read(path, step, names)
         except Foreign as other:
             foreign = foreign or f"The checkpoint {path} {other}"
         except Damaged as damage:
@@ -189,7 +197,7 @@ def _has_tensors(value: Any, path: str) -> bool:
     raise TypeError(f"checkpoint payload {path}: a {type(value).__name__} cannot be stored")
 
 
-def _read(path: Path, step: int) -> dict[str, Any]:
+def _read(path: Path, step: int, names: Collection[str] | None) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -211,7 +219,8 @@ def _read(path: Path, step: int) -> dict[str, Any]:
             raise Damaged(f"{file} is missing")
         if (path / file).stat().st_size != size or _sha256(path / file) != digest:
             raise Damaged(f"{file} does not match its checksum")
-    return {Path(file).stem: _read_payload(path / file) for file in files}
+    wanted = [file for file in files if names is None or Path(file).stem in names]
+    return {Path(file).stem: _read_payload(path / file) for file in wanted}
 
 
 def _read_payload(path: Path) -> Any:
