@@ -155,7 +155,7 @@ class LearnerConfig(Section):
         "k2", description="k1 and k2 have the gradient of that KL (k2 is less noisy), k3 is GRPO's"
     )
     parallel: Literal["auto", "data", "fsdp"] = Field(
-        "auto", description="under torchrun: whole weights on every rank, or sharded; auto: sharded where they are large"
+        "auto", description="under torchrun: whole weights on every rank, or sharded; auto: sharded where large"
     )
     rank_timeout: Annotated[float, Field(gt=0)] = Field(
         600.0, description="seconds that ranks wait for one another in an update"
