@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import os
 import statistics
 import tempfile
 import time
@@ -68,6 +69,8 @@ def sampling(work: Work) -> Row:
 
 def bare_vllm(work: Work) -> Row:
     """vLLM alone: the same prompts, lengths and log-probabilities, with an adapter and without."""
+    if work.device == "cpu":
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -110,10 +113,9 @@ def learning(work: Work) -> Row:
 
 def whole_step(run: Callable[..., None], work: Work) -> Row:
     """A whole training step of one of the two sides."""
-    side = Side(run, work)
-    side.ready()
-    played = [side.step() for _ in range(ROUNDS + 1)][1:]
-    side.close()
+    with Side(run, work) as side:
+        side.ready()
+        played = [side.step() for _ in range(ROUNDS + 1)][1:]
     seconds = statistics.median(figures.seconds for figures in played)
     memory = max(figures.memory for figures in played) / 1024
     return {"seconds_per_step": seconds, "sampled_tokens_per_s": work.tokens / seconds, "peak_memory_gib": memory}

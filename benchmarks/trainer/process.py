@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -64,15 +65,25 @@ def _resident(field: str = "VmRSS") -> float:
 
 
 class Side:
-    """A trainer in another process. `step()` makes it do one step and returns its figures."""
+    """A trainer in another process, for a `with`. `step()` makes it do one step and returns its figures."""
 
     def __init__(self, run: Callable[[Work, Connection], None], work: Work) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         os.environ["OMP_NUM_THREADS"] = str(work.threads)
-        self._process = context.Process(target=run, args=(work, theirs), daemon=True)
+        self._process = context.Process(target=run, args=(work, theirs))
         self._process.start()
         theirs.close()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._pipe.send("end")
+        self._pipe.close()
+        self._process.join(60)
+        self._process.terminate()
 
     def ready(self) -> None:
         """Wait until everything is loaded."""
@@ -83,10 +94,6 @@ class Side:
         figures = self._receive()
         assert isinstance(figures, Figures)
         return figures
-
-    def close(self) -> None:
-        self._pipe.send("end")
-        self._process.join()
 
     def _receive(self) -> object:
         try:

@@ -28,12 +28,10 @@ SHAPES = ((8, 8), (2, 8))      # problems × samples
 def compare(name: str, work: Work, rounds: int) -> dict[str, Any]:
     """Both sides in turn, `rounds` times after a first one that is not counted; prints and returns the figures."""
     same = in_process(agree, replace(work, problems=2, samples=4)).check()
-    sides = [Side(run, work) for run in (ours, trl)]
-    for side in sides:
-        side.ready()
-    played = [[side.step() for side in sides] for _ in range(rounds + 1)][1:]
-    for side in sides:
-        side.close()
+    with Side(ours, work) as us, Side(trl, work) as them:
+        us.ready()
+        them.ready()
+        played = [(us.step(), them.step()) for _ in range(rounds + 1)][1:]
     mine, theirs = (Median(column) for column in zip(*played, strict=True))
     ratio = statistics.median(b.seconds / a.seconds for a, b in played)
     cpu = statistics.median(b.cpu / a.cpu for a, b in played)
