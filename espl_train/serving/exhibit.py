@@ -56,6 +56,9 @@ class Exhibit:
 
     @classmethod
     def _model(cls, target: str, overrides: Mapping[str, Any]) -> Exhibit:
+        from espl_train.learner.loading import locate
+
+        locate(target)
         config = load((), None, {"model.path": target, "learner.rank": 1, "engine.deterministic": False, **overrides})
         name = Path(target).resolve().name if Path(target).is_dir() else target
         return cls("model", Offer(name), config)

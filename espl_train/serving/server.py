@@ -73,8 +73,8 @@ class Server:
         except Refusal as refused:
             return web.json_response(refused.to_json(), status=refused.status)
         except web.HTTPException as problem:
-            refused = Refusal(f"{request.method} {request.path}: {problem.reason}", problem.status)
-            return web.json_response(refused.to_json(), status=problem.status)
+            told = Refusal(f"{request.method} {request.path}: {problem.reason}", problem.status)
+            return web.json_response(told.to_json(), status=problem.status)
         except EngineError as broken:
             return web.json_response(Refusal(str(broken), 500, "engine_error").to_json(), status=500)
 
