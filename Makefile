@@ -58,7 +58,7 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.train
 	@echo "installing the test tools (once)"
-	@$(PIP) --editable ".[train,reasoning,games,docker,dev]"
+	@$(PIP) --editable ".[train,reasoning,games,docker,openskill,dev]"
 	@touch $@
 
 vllm: $(VLLM_VENV)/.ready

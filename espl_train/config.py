@@ -106,6 +106,9 @@ class EngineConfig(Section):
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="vllm: share of the GPU for its copy of the weights, keys and values"
     )
+    compile: bool = Field(
+        False, description="local: compile the step of decoding (a minute or more); pays on GPUs, in long runs"
+    )
     pause: Literal["sleep", "kv", "keep"] = Field(
         "sleep", description="vllm on a GPU, while the learner works: sleep gives all memory back, kv keeps the weights"
     )
@@ -167,12 +170,15 @@ class LearnerConfig(Section):
 
 
 class RatingConfig(Section):
-    """TrueSkill, in the paper's numbers."""
+    """How skill is learnt from batches; TrueSkill in the paper's numbers."""
 
+    kind: Literal["trueskill", "openskill", "item_response"] = Field(
+        "trueskill", description="what learns: from ranks (the first two), or from every reward; see docs/ratings.md"
+    )
     mu: float = Field(25.0, description="mean of the root prompt's rating")
-    sigma: float = Field(25 / 3, description="its standard deviation")
-    beta: float = Field(25 / 6, description="noise of one match")
-    tau: float = Field(25 / 300, description="uncertainty added before each match")
+    sigma: float = Field(25 / 3, description="its standard deviation (item_response: of the policy's ability)")
+    beta: float = Field(25 / 6, description="noise of one match (item_response: one logit)")
+    tau: float = Field(25 / 300, description="uncertainty added before each match (item_response: per iteration)")
     draw_probability: Fraction = Field(0.10, description="of TrueSkill's model of a match")
     ties: Literal["paired", "tolerance"] = Field(
         "paired", description="a draw is: undecided by paired differences, or closer than `tolerance`"
@@ -185,18 +191,32 @@ class RatingConfig(Section):
         "conservative", description="conservative: no crossover child is surer than its surest parent"
     )
     delta_sigma: float = Field(1.0, description="uncertainty that a child adds to its parents'")
+    novelty: float = Field(25 / 6, description="item_response: how far children's skills lie from their parents'")
+    drift: float = Field(25 / 60, description="item_response: how far the policy's ability moves per iteration")
+    difficulty: float = Field(25 / 3, description="item_response: spread of the difficulties of problems")
+    interaction: float = Field(25 / 12, description="item_response: how unevenly a prompt helps with problems")
 
 
 class EvolutionConfig(Section):
     """How system prompts breed."""
 
-    selection: Literal["uniform", "lucb", "ucb", "softmax", "ucb_uniform"] = Field("lucb", description="who plays")
+    selection: Literal["uniform", "lucb", "ucb", "softmax", "ucb_uniform", "thompson", "pareto"] = Field(
+        "lucb", description="who plays; see docs/ratings.md"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of the softmax selection")
     explore: float = Field(2.0, description="lambda: how many sigmas optimism is worth")
     window: Positive = Field(10, description="K: newest prompts that may play")
     capacity: Positive = Field(100, description="C: prompts that are kept")
     elite: bool = Field(True, description="the best prompt stays a candidate however old it is")
     root_anchor: bool = Field(True, description="the root prompt plays in every batch")
+    newest: bool = Field(True, description="the newest prompt plays (uniform, lucb, ucb, pareto)")
+    juvenile_games: int = Field(
+        0, ge=0, description="a child is sure of a place, the oldest first, until it has played so many games"
+    )
+    nursery: int = Field(
+        0, ge=0, description="nobody is bred while so many children still wait for their first games; 0 = no limit"
+    )
+    pareto_window: Positive = Field(10, description="iterations that selection = 'pareto' looks back on")
     root: tuple[str, ...] = Field((), description="principles of the root prompt")
     mutate: bool = Field(True, description="breed a mutation child in every iteration")
     parent: Literal["posterior", "batch"] = Field(

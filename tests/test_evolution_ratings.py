@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espl_train.config import RatingConfig
-from espl_train.evolution import ratings
+from espl_train.evolution import ladders, ratings
 from espl_train.evolution.prompts import Rating
 
 CONFIG = RatingConfig()
@@ -30,10 +30,10 @@ def test_all_reference_expectations(mirror: Path) -> None:
         teams = [tuple(trueskill.Rating(mu, sigma) for mu, sigma in team) for team in row["teams"]]
         extra = {"weights": row["weights"]} if "weights" in row else {}
         if row["kind"] == "quality":
-            quality = ratings.environment(config).quality(teams, **extra)
+            quality = ladders.environment(config).quality(teams, **extra)
             assert quality == pytest.approx(row["expected"], abs=row["tolerance"]), row["id"]
             continue
-        rated = ratings.rate_teams(teams, row.get("ranks"), config, **extra)
+        rated = ladders.rate_teams(teams, row.get("ranks"), config, **extra)
         flat = [(float(r.mu), float(r.sigma)) for team in rated for r in team]
         for got, want in zip(flat, row["expected"], strict=True):
             assert got == pytest.approx(tuple(want), abs=max(row["tolerance"], 10 ** -row["precision"])), row["id"]
@@ -42,7 +42,7 @@ def test_all_reference_expectations(mirror: Path) -> None:
 def test_time_adds_uncertainty_before_a_match() -> None:
     known = {"a": Rating(25.0, 0.01), "b": Rating(25.0, 0.01)}
     even = ratings.match(batch(a=[[1, 0]], b=[[1, 0]]), CONFIG)
-    after = ratings.update(known, even, CONFIG)
+    after = ladders.update(known, even, CONFIG)
     assert after["a"].sigma > 0.05
 
 
@@ -50,16 +50,16 @@ def test_a_free_for_all_is_read_from_mean_rewards() -> None:
     result = ratings.match(batch(a=[[0, 0], [0, 0]], b=[[1, 1], [1, 1]], c=[[1, 0], [1, 0]]), CONFIG)
     assert result.values == {"b": 1.0, "c": 0.5, "a": 0.0}
     assert result.ranks["b"] < result.ranks["a"]
-    after = ratings.update(dict.fromkeys("abcd", Rating(25, 25 / 3)), result, CONFIG)
+    after = ladders.update(dict.fromkeys("abcd", Rating(25, 25 / 3)), result, CONFIG)
     assert after["b"].mu > after["c"].mu > after["a"].mu
     assert after["d"] == Rating(25, 25 / 3)
 
 
 def test_alone_there_is_no_match() -> None:
     one = ratings.match(batch(a=[[1.0]]), CONFIG)
-    assert ratings.update({"a": Rating(25, 8)}, one, CONFIG) == {"a": Rating(25, 8)}
+    assert ladders.update({"a": Rating(25, 8)}, one, CONFIG) == {"a": Rating(25, 8)}
     nothing = ratings.match([], CONFIG)
-    assert nothing.ranks == {} and ratings.update({"a": Rating(25, 8)}, nothing, CONFIG) == {"a": Rating(25, 8)}
+    assert nothing.ranks == {} and ladders.update({"a": Rating(25, 8)}, nothing, CONFIG) == {"a": Rating(25, 8)}
 
 
 def test_faulted_rollouts_are_no_zeros_and_unshared_problems_do_not_count() -> None:
@@ -115,9 +115,9 @@ def test_ranks_are_transitive_and_agree_with_the_values(tables: list[list[list[f
 def test_the_order_of_groups_changes_nothing() -> None:
     groups = batch(a=[[1, 0], [0, 0]], b=[[1, 0], [0, 0]], c=[[1, 1], [1, 0]], d=[[0, 0], [0, 0]])
     start = dict.fromkeys("abcd", Rating(25, 25 / 3))
-    expected = ratings.update(start, ratings.match(groups, CONFIG), CONFIG)
+    expected = ladders.update(start, ratings.match(groups, CONFIG), CONFIG)
     for order in itertools.islice(itertools.permutations(groups), 0, 40320, 4999):
-        assert ratings.update(start, ratings.match(order, CONFIG), CONFIG) == expected
+        assert ladders.update(start, ratings.match(order, CONFIG), CONFIG) == expected
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
@@ -125,13 +125,13 @@ def test_extreme_draw_probabilities_stay_finite(probability: float) -> None:
     config = RatingConfig(draw_probability=probability)
     for rows in ([[1.0]], [[0.0]]):
         result = ratings.match(batch(a=[[1.0]], b=rows), config)
-        after = ratings.update(dict.fromkeys("ab", Rating(25, 8)), result, config)
+        after = ladders.update(dict.fromkeys("ab", Rating(25, 8)), result, config)
         assert all(math.isfinite(r.mu) and 0 < r.sigma < 9 for r in after.values())
 
 
 def test_an_upset_that_doubles_cannot_express_is_rated_all_the_same() -> None:
     upset = ratings.match(batch(a=[[1.0]], b=[[0.0]]), CONFIG)
-    after = ratings.update({"a": Rating(0, 1), "b": Rating(900, 1)}, upset, CONFIG)
+    after = ladders.update({"a": Rating(0, 1), "b": Rating(900, 1)}, upset, CONFIG)
     assert after["a"].mu > 0 and after["b"].mu < 900
 
 
@@ -140,20 +140,20 @@ def test_inheritance() -> None:
     reference = RatingConfig(inheritance="reference")
     parent, other = Rating(30, 3), Rating(20, 1.5)
     for config in (CONFIG, reference):
-        child = ratings.inherit([parent], config)
+        child = ladders.inherit([parent], config)
         assert child.mu == 30 and child.sigma == pytest.approx(math.sqrt(10))
-    born = ratings.inherit([parent, other], reference)
+    born = ladders.inherit([parent, other], reference)
     assert born.mu == pytest.approx((30 / 9 + 20 / 2.25) / (1 / 9 + 1 / 2.25))
     assert born.sigma == pytest.approx(math.sqrt(1 / (1 / 9 + 1 / 2.25) + 1))
-    careful = ratings.inherit([parent, other], CONFIG)
+    careful = ladders.inherit([parent, other], CONFIG)
     assert careful.mu == born.mu and careful.sigma > born.sigma
 
 
 @given(st.lists(st.builds(Rating, st.floats(-50, 50), st.floats(0.1, 9)), min_size=1, max_size=4), st.floats(0, 2))
 def test_no_child_is_surer_than_its_surest_parent(parents: list[Rating], delta: float) -> None:
-    child = ratings.inherit(parents, RatingConfig(delta_sigma=delta))
+    child = ladders.inherit(parents, RatingConfig(delta_sigma=delta))
     assert child.sigma >= min(p.sigma for p in parents) - 1e-9
     assert min(p.mu for p in parents) - 1e-9 <= child.mu <= max(p.mu for p in parents) + 1e-9
-    twins = ratings.inherit([parents[0]] * 3, RatingConfig(delta_sigma=delta))
-    single = ratings.inherit([parents[0]], RatingConfig(delta_sigma=delta))
+    twins = ladders.inherit([parents[0]] * 3, RatingConfig(delta_sigma=delta))
+    single = ladders.inherit([parents[0]], RatingConfig(delta_sigma=delta))
     assert twins.mu == single.mu and twins.sigma == pytest.approx(single.sigma)

@@ -7,11 +7,12 @@ have played) where the configuration has an elite slot. All randomness is keyed 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from espl_train.config import EvolutionConfig, RatingConfig
-from espl_train.evolution import ratings, selection
+from espl_train.evolution import beliefs, ratings, selection
+from espl_train.evolution.frontier import Frontier
 from espl_train.evolution.prompts import Child, Principle, Rating, SystemPrompt
 from espl_train.randomness import generator
 from espl_train.records import Group
@@ -33,27 +34,30 @@ class Population:
         self._evolution, self._rating, self._seed = evolution, rating, seed
         principles = tuple(Principle(f"G{i}", text) for i, text in enumerate(evolution.root, 1))
         root = SystemPrompt("p0000", principles, last_id=len(principles))
-        self._members: dict[str, Member] = {root.id: Member(root, Rating(rating.mu, rating.sigma))}
+        self._prompts: dict[str, SystemPrompt] = {root.id: root}
+        self._games: dict[str, int] = {root.id: 0}
+        self._beliefs = beliefs.start(rating, root.id)
+        self._frontier = Frontier(evolution.pareto_window)
         self._born = 1
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._prompts)
 
     def __contains__(self, prompt: str) -> bool:
-        return prompt in self._members
+        return prompt in self._prompts
 
     def __getitem__(self, prompt: str) -> SystemPrompt:
-        return self._members[prompt].prompt
+        return self._prompts[prompt]
 
     @property
     def members(self) -> tuple[Member, ...]:
         """Everybody, oldest first."""
-        return tuple(self._members.values())
+        return tuple(Member(p, self.rating(i), self._games[i]) for i, p in self._prompts.items())
 
     @property
     def root(self) -> SystemPrompt:
         """The prompt that everything descends from."""
-        return self.members[0].prompt
+        return next(iter(self._prompts.values()))
 
     @property
     def elite(self) -> SystemPrompt:
@@ -62,11 +66,18 @@ class Population:
 
     def rating(self, prompt: str) -> Rating:
         """The current rating of a living prompt."""
-        return self._members[prompt].rating
+        return self._beliefs.rating(prompt)
 
     def games(self, prompt: str) -> int:
         """How many matches a living prompt has played."""
-        return self._members[prompt].games
+        return self._games[prompt]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many children wait for their first games that no others should be born."""
+        config = self._evolution
+        young = sum(games < max(config.juvenile_games, 1) for games in list(self._games.values())[1:])
+        return 0 < config.nursery <= young
 
     def top(self, count: int) -> list[str]:
         """The best `count` ids by lower bound among those that have played, best first, newer before older."""
@@ -79,67 +90,93 @@ class Population:
         """Which prompt is "the" prompt. `scores` are mean validation scores; without any the lower bound decides."""
         if choice == "latest":
             return self.members[-1].prompt
-        known = {p: s for p, s in (scores or {}).items() if p in self._members}
+        known = {p: s for p, s in (scores or {}).items() if p in self}
         if choice == "lower_bound" or not known:
             return self.elite
         return self[max(known, key=lambda p: (known[p], self.rating(p).lower(), p))]
 
     def select(self, step: int, places: int, samples: int) -> dict[str, int]:
         """Who plays in `step`: prompt → samples per problem, `places` × `samples` in all."""
-        contenders = [selection.Contender(m.prompt.id, m.rating, m.games) for m in self.members]
+        ids = list(self._prompts)
+        skills = self._beliefs.draw(ids, generator(self._seed, "skills", step))
+        wins = self._frontier.wins(ids)
+        contenders = [
+            selection.Contender(i, self.rating(i), self._games[i], skill, wins[i])
+            for i, skill in zip(ids, skills.tolist(), strict=True)
+        ]
         random = generator(self._seed, "select", step)
         chosen = selection.select(contenders, self.root.id, self.elite.id, places, self._evolution, random)
         return selection.allocate(chosen, places, samples)
 
     def preview(self, groups: Sequence[Group]) -> tuple[ratings.Match, dict[str, Rating]]:
         """The match that a batch is, and everybody's rating once it is counted. Changes nothing."""
-        match = ratings.match([g for g in groups if g.prompt in self._members], self._rating)
-        return match, ratings.update({i: m.rating for i, m in self._members.items()}, match, self._rating)
+        match, after = self._count(groups)
+        return match, {prompt: after.rating(prompt) for prompt in self._prompts}
 
     def rate(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Count a batch. Returns what happened, for the log: values, ranks, and the ratings of the players."""
-        match, after = self.preview(groups)
+        match, self._beliefs = self._count(groups)
+        self._frontier.record(match.step, match.rewards)
         contested = len(match.ranks) > 1
         for prompt in match.ranks if contested else ():
-            member = self._members[prompt]
-            self._members[prompt] = replace(member, rating=after[prompt], games=member.games + 1)
+            self._games[prompt] += 1
         return {
             "values": dict(match.values),
             "ranks": dict(match.ranks) if contested else {},
-            "ratings": {p: asdict(after[p]) for p in match.values},
+            "ratings": {p: asdict(self.rating(p)) for p in match.values},
+            **self._beliefs.details(),
         }
 
-    def add(self, children: Sequence[Child], step: int) -> tuple[SystemPrompt, ...]:
-        """Insert children in the given order; ratings are inherited from the parents as they are now."""
-        inherited = [ratings.inherit([self.rating(p) for p in child.parents], self._rating) for child in children]
-        return tuple(self._insert(c, r, step) for c, r in zip(children, inherited, strict=True))
+    def _count(self, groups: Sequence[Group]) -> tuple[ratings.Match, ratings.Beliefs]:
+        match = ratings.match([g for g in groups if g.prompt in self], self._rating)
+        return match, self._beliefs.after(match)
 
-    def _insert(self, child: Child, rating: Rating, step: int) -> SystemPrompt:
+    def add(self, children: Sequence[Child], step: int) -> tuple[SystemPrompt, ...]:
+        """Insert children in the given order; what is believed of them comes from the parents as they are now."""
+        born = tuple(self._insert(child, step) for child in children)
+        while len(self) > self._evolution.capacity:
+            safe = {self.root.id, self.elite.id if self._evolution.elite else self.root.id}
+            oldest = next((i for i in self._prompts if i not in safe), None)
+            if oldest is None:
+                break
+            self._drop(oldest)
+        return born
+
+    def _insert(self, child: Child, step: int) -> SystemPrompt:
         prompt = SystemPrompt(
             f"p{self._born:04d}", child.principles, child.operator, child.parents, born=step, last_id=child.last_id
         )
         self._born += 1
-        self._members[prompt.id] = Member(prompt, rating)
-        while len(self) > self._evolution.capacity:
-            safe = {self.root.id, self.elite.id if self._evolution.elite else self.root.id}
-            oldest = next((i for i in self._members if i not in safe), None)
-            if oldest is None:
-                break
-            del self._members[oldest]
+        self._prompts[prompt.id], self._games[prompt.id] = prompt, 0
+        self._beliefs = self._beliefs.born(prompt.id, child.parents)
         return prompt
+
+    def _drop(self, prompt: str) -> None:
+        del self._prompts[prompt], self._games[prompt]
+        self._beliefs = self._beliefs.without(prompt)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; floats survive `json` exactly."""
-        return {"born": self._born, "members": [asdict(m) for m in self.members]}
+        return {
+            "born": self._born,
+            "members": [asdict(m) for m in self.members],
+            "beliefs": beliefs.save(self._beliefs, self._rating),
+            "frontier": self._frontier.to_json(),
+        }
 
     @classmethod
     def from_json(
         cls, data: Mapping[str, Any], evolution: EvolutionConfig, rating: RatingConfig, seed: int
     ) -> Population:
-        """The population that `to_json` wrote down."""
+        """The population that `to_json` wrote down. Raises EsplError where its ratings are of another kind."""
         population = cls(evolution, rating, seed)
+        members = [_member(m) for m in data["members"]]
         population._born = data["born"]
-        population._members = {m["prompt"]["id"]: _member(m) for m in data["members"]}
+        population._prompts = {m.prompt.id: m.prompt for m in members}
+        population._games = {m.prompt.id: m.games for m in members}
+        known = {m.prompt.id: m.rating for m in members}
+        population._beliefs = beliefs.restore(data.get("beliefs"), known, rating, population.root.id)
+        population._frontier = Frontier.from_json(data.get("frontier", ()), evolution.pareto_window)
         return population
 
 

@@ -44,7 +44,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """A TrueSkill rating: mean and standard deviation of the skill."""
+    """What is known of a skill: its mean and standard deviation."""
 
     mu: float
     sigma: float

@@ -1,25 +1,26 @@
-"""Ratings: every iteration is one TrueSkill match, a free-for-all among the prompts that played the same problems.
+"""Ratings: every iteration is one match, a free-for-all among the prompts that played the same problems.
 
 Who beat whom comes from the mean rewards V. A difference that the batch cannot decide is a draw: by default a paired
-difference per problem with its standard error, as in the reference implementation a fixed tolerance.
+difference per problem with its standard error, as in the reference implementation a fixed tolerance. What a match says
+of skills is the business of `Beliefs`, of which there are several kinds (`beliefs.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import trueskill
+import numpy as np
 
 from espl_train.config import RatingConfig
 from espl_train.evolution.prompts import Rating
 from espl_train.records import Group
 
 ROUNDING = 1e-9
-LEAST_DRAW, MOST_DRAW = 1e-3, 0.999     # TrueSkill has no finite answer at 0 and 1
+
+Table = Mapping[str, Mapping[int, tuple[float, ...]]]      # prompt → problem → rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,46 @@ class Match:
     """One batch seen as a tournament, on the problems that every player has a score for.
 
     `values` are the V_i, best first; `ranks` 0 is best and equal ranks are draws. Both empty where nobody can be
-    compared.
+    compared. `rewards` are all that were seen, those of other problems included; `step` is when.
     """
 
     problems: tuple[int, ...]
     values: Mapping[str, float]
     ranks: Mapping[str, int]
+    rewards: Table = field(default_factory=dict)
+    step: int = 0
+
+
+class Beliefs(Protocol):
+    """What is known of the skill of every living prompt. Immutable: whatever happens makes new beliefs."""
+
+    def rating(self, prompt: str) -> Rating:
+        """Mean and standard deviation of one prompt's skill."""
+        ...
+
+    def after(self, match: Match) -> Beliefs:
+        """The beliefs once a match is counted; the same where it says nothing."""
+        ...
+
+    def born(self, child: str, parents: Sequence[str]) -> Beliefs:
+        """The beliefs with a child, known by its parents alone."""
+        ...
+
+    def without(self, prompt: str) -> Beliefs:
+        """The beliefs without a prompt that is no longer there."""
+        ...
+
+    def draw(self, prompts: Sequence[str], random: np.random.Generator) -> np.ndarray:
+        """One joint draw of skills. [len(prompts)]"""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """What the log should know beside the ratings."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, all that the ratings themselves do not say."""
+        ...
 
 
 def scores(groups: Sequence[Group]) -> dict[str, dict[int, tuple[float, ...]]]:
@@ -53,10 +88,10 @@ def match(groups: Sequence[Group], config: RatingConfig) -> Match:
     decidedly, otherwise it joins that rank. So ranks are transitive, agree with V, and never call a decided pair a
     draw; what they may do is part an undecided pair that a third player stands between.
     """
-    table = scores(groups)
+    table, step = scores(groups), max((r.key.step for g in groups for r in g.rollouts), default=0)
     shared = set.intersection(*(set(row) for row in table.values())) if table else set()
     if not shared:
-        return Match((), {}, {})
+        return Match((), {}, {}, table, step)
     problems = tuple(sorted(shared))
     values = {p: _mean([_mean(row[q]) for q in problems]) for p, row in table.items()}
     order = sorted(values, key=lambda p: (-values[p], p))
@@ -69,56 +104,7 @@ def match(groups: Sequence[Group], config: RatingConfig) -> Match:
             rank, block = rank + 1, []
         ranks[player] = rank
         block.append(player)
-    return Match(problems, {p: values[p] for p in order}, ranks)
-
-
-def update(ratings: Mapping[str, Rating], result: Match, config: RatingConfig) -> dict[str, Rating]:
-    """The ratings after a match; whoever did not play, and everybody where there was no opponent, stays as it was."""
-    players = list(result.ranks)
-    if len(players) < 2:
-        return dict(ratings)
-    teams = [(trueskill.Rating(ratings[p].mu, ratings[p].sigma),) for p in players]
-    after = rate_teams(teams, [result.ranks[p] for p in players], config)
-    fresh = {p: Rating(float(team[0].mu), float(team[0].sigma)) for p, team in zip(players, after, strict=True)}
-    return {**ratings, **fresh}
-
-
-def rate_teams(
-    teams: Sequence[tuple[trueskill.Rating, ...]], ranks: Sequence[int] | None, config: RatingConfig, **options: Any
-) -> list[tuple[trueskill.Rating, ...]]:
-    """`trueskill`'s update; a result too surprising for doubles is computed once more with many digits."""
-    try:
-        return environment(config).rate(list(teams), ranks, **options)
-    except (FloatingPointError, ZeroDivisionError, OverflowError):
-        return environment(config, "mpmath").rate(list(teams), ranks, **options)
-
-
-def environment(config: RatingConfig, backend: str | None = None) -> trueskill.TrueSkill:
-    """The TrueSkill environment of a configuration."""
-    draw = min(max(config.draw_probability, LEAST_DRAW), MOST_DRAW)
-    return _environment(config.mu, config.sigma, config.beta, config.tau, draw, backend)
-
-
-@lru_cache(maxsize=16)
-def _environment(
-    mu: float, sigma: float, beta: float, tau: float, draw: float, backend: str | None
-) -> trueskill.TrueSkill:
-    return trueskill.TrueSkill(mu, sigma, beta, tau, draw, backend)
-
-
-def inherit(parents: Sequence[Rating], config: RatingConfig) -> Rating:
-    """The rating of a child: the parents' precision-weighted mean, and an uncertainty.
-
-    With one parent (mutation) sigma² = sigma_p² + delta². With several (crossover) the parents' part is 1/Σ(1/sigma²)
-    as `reference`, which treats their errors as independent; `conservative` treats them as one and the same error (they
-    played the same games), so that no child is born more certain than its most certain parent.
-    """
-    first, weights = parents[0], [1 / p.sigma**2 for p in parents]
-    total = math.fsum(weights)
-    mu = first.mu + math.fsum(w * (p.mu - first.mu) for w, p in zip(weights, parents, strict=True)) / total
-    sigma = first.sigma + math.fsum(w * (p.sigma - first.sigma) for w, p in zip(weights, parents, strict=True)) / total
-    variance = 1 / total if config.inheritance == "reference" else sigma**2
-    return Rating(mu, math.sqrt(variance + config.delta_sigma**2))
+    return Match(problems, {p: values[p] for p in order}, ranks, table, step)
 
 
 def _tolerance(values: Mapping[str, float], config: RatingConfig) -> Callable[[str, str], bool]:
@@ -126,7 +112,7 @@ def _tolerance(values: Mapping[str, float], config: RatingConfig) -> Callable[[s
 
 
 def _paired(
-    table: Mapping[str, Mapping[int, tuple[float, ...]]], problems: Sequence[int], config: RatingConfig
+    table: Table, problems: Sequence[int], config: RatingConfig
 ) -> Callable[[str, str], bool]:
     def beats(better: str, worse: str) -> bool:
         mean, error = paired_difference([(table[better][q], table[worse][q]) for q in problems])

@@ -108,7 +108,7 @@ def _rest(config: Config) -> Iterator[str]:
     for name in ("sigma", "beta"):
         if getattr(rating, name) <= 0:
             yield f"rating.{name} is {getattr(rating, name):g}; it must be above 0."
-    for name in ("tau", "tolerance", "delta_sigma"):
+    for name in ("tau", "tolerance", "delta_sigma", "novelty", "drift", "difficulty", "interaction"):
         if getattr(rating, name) < 0:
             yield f"rating.{name} is {getattr(rating, name):g}; it must be at least 0."
     if not 0 <= rating.draw_probability < 1:
