@@ -107,7 +107,7 @@ class EngineConfig(Section):
         0.5, description="vllm: share of the GPU for its copy of the weights, keys and values"
     )
     compile: bool = Field(
-        False, description="local: compile the step of decoding (a minute or more); pays on GPUs, in long runs"
+        False, description="local: compile the step of decoding, which takes a minute or more; no gain on CPUs"
     )
     pause: Literal["sleep", "kv", "keep"] = Field(
         "sleep", description="vllm on a GPU, while the learner works: sleep gives all memory back, kv keeps the weights"
@@ -164,6 +164,9 @@ class LearnerConfig(Section):
         600.0, description="seconds that ranks wait for one another in an update"
     )
     micro_batch_tokens: Positive = Field(16384, description="tokens per forward pass: memory, not the gradient")
+    compile: bool = Field(
+        False, description="compile the model's layers, which takes minutes; not with sharded weights"
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="less memory, a third more work; auto: where a micro-batch would not fit otherwise"
     )

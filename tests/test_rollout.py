@@ -488,3 +488,30 @@ def test_what_is_left_of_an_episode_shrinks_with_every_turn() -> None:
     played.collect([replace(jobs(1)[0], expected=20)], policy=0)
     said = len("I do not know") + 1
     assert [request.expected for request in engine.requests] == [20, 20 - said, 0]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_turn_finds_the_keys_and_values_of_the_turns_before(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the last sampled token, exactly. The mutant asks without naming its session, and nothing is kept."""
+    tokenizer = tokenizer_for("qwen2")
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    engine = LocalEngine(Policy(model, tokenizer, LearnerConfig(rank=4)), EngineConfig())
+    engine.load_policy(0)
+    if not named:
+        original = engine.sample
+        monkeypatch.setattr(engine, "sample", lambda request: original(replace(request, session=None)))
+    played = Collector(PatientEnv, Chat(tokenizer), engine, RolloutConfig(max_new_tokens=6, max_turns=3), 0)
+    try:
+        rollouts = played.collect(jobs(8, "Be brief."), policy=0)
+    finally:
+        played.close()
+        engine.close()
+    needed = kept = 0
+    for rollout in rollouts:
+        known = 0
+        for turn in rollout.turns:
+            needed, kept = needed + known + len(turn.context) - 1, kept + max(known - 1, 0)
+            known += len(turn.context) + len(turn.tokens)
+    counted = engine.counts()
+    assert counted["kv/kept"] == (kept / needed if named else 0.0) and counted["kv/copied"] > 0.1
+    assert engine.counts() == {}

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from espl_train.compiling import compiled
 from espl_train.engines.written import Step, attend_one
 
 Rows = Sequence[int]
@@ -118,11 +119,13 @@ class KVSlab:
     """Keys and values of every layer, for attention models.
 
     `attention` is the implementation that transformers' modules use; `written`: a step goes around the modules where
-    the architecture is known (`written.py`).
+    the architecture is known (`written.py`), and is compiled then where that is asked for (`compile`).
     """
 
-    def __init__(self, model: nn.Module, attention: str | None = "espl", written: bool = True) -> None:
-        self.attention, self.written = attention, written
+    def __init__(
+        self, model: nn.Module, attention: str | None = "espl", written: bool = True, compile: bool = False
+    ) -> None:
+        self.attention, self.written, self.compile = attention, written, compile
         self.model = model
         self.config = _text_config(model)
         parameter = next(model.parameters())
@@ -140,7 +143,13 @@ class KVSlab:
     def model(self, model: nn.Module) -> None:
         if model is not getattr(self, "_model", None):
             self._model = model
-            self._step = Step.of(model) if self.written else None
+            step = Step.of(model) if self.written else None
+            self._step = compiled(step, next(model.parameters()).device) if step and self.compile else step
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there is a step that is compiled, or would be if there were a compiler (which was said then)."""
+        return self.compile and self._step is not None
 
     def resize(self, rows: int, width: int) -> None:
         """See `Slab`."""
@@ -290,18 +299,21 @@ def attend(
 AttentionInterface.register("espl", attend)
 
 
-def slab_for(model: nn.Module, tolerance: float = 1e-3) -> Slab:
+def slab_for(model: nn.Module, tolerance: float = 1e-3, compile: bool = False) -> Slab:
     """A `KVSlab` where it reproduces the model's plain forward pass on a ragged probe, else a `TokenSlab`."""
     reason = ""
-    for attention, written in (("espl", True), ("espl", False), (None, False)):
+    ways = [("espl", True, True)] * compile + [("espl", True, False), ("espl", False, False), (None, False, False)]
+    for attention, written, compiling in ways:
         try:
-            slab = KVSlab(model, attention, written)
+            slab = KVSlab(model, attention, written, compiling)
             if _reproduces(slab, tolerance):
                 slab.drop()
+                if compile and not slab.compiles:
+                    log.warning("decoding is not compiled: %s", reason or f"{type(model).__name__} has no written step")
                 return slab
             reason = "log-probabilities differ from those of the plain forward pass"
         except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     log.warning("%s does not run on the KV slab (%s): every token costs a pass over its whole sequence",
                 type(model).__name__, reason)
     return TokenSlab(model)

@@ -207,7 +207,7 @@ class LocalEngine:
     def _burst(self, model: nn.Module, policy: int | None) -> list[_Call]:
         """Serve `policy` until nothing of it is left; the calls that ended last are returned, all others delivered."""
         if self._decoder is None:
-            self._decoder = self._decoder_over(slab_for(model))
+            self._decoder = self._decoder_over(slab_for(model, compile=self.config.compile))
         self._decoder.slab.model = model
         with window("sampling") as piece:
             while True:

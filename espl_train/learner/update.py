@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espl_train.compiling import compile_layers
 from espl_train.config import Config, LearnerConfig
 from espl_train.learner import attention, corrections, memory, schedules
 from espl_train.learner.advantages import BASELINES
@@ -62,6 +63,8 @@ class Learner:
         unpacked = policy.run(attention.prove)
         width = policy.causal.config.get_text_config().hidden_size
         self.limits = Limits(config.micro_batch_tokens, width, packed=unpacked is None, share=ranks.size)
+        if config.compile and not ranks.lockstep:
+            compile_layers(policy.causal, policy.device)
         self._appetite: memory.Appetite | None = None
         self._notes = [f"{policy.name or 'the model'} is trained on padded rows: {unpacked}"] if unpacked else []
         self.steps = 0

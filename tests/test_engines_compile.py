@@ -1,0 +1,125 @@
+"""Decoding is compiled where that is asked for and can be: same tokens, and one sentence where it cannot be.
+
+The backend is dynamo's `eager`: all of the capture, with its guards and dynamic shapes, and no minutes of C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from engine_kit import ragged
+from learner_kit import random_groups, tiny_policy
+from test_engines_local import MODELS
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+from espl_train import compiling
+from espl_train.config import EngineConfig
+from espl_train.engines.kv import KVSlab, slab_for
+from espl_train.engines.local import LocalEngine
+from espl_train.engines.written import Step
+from espl_train.learner.update import Learner
+
+CAPTURE = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> Iterator[None]:
+    compiling._missing.cache_clear()
+    yield
+    compiling._missing.cache_clear()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("espl")]
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was compiled so far."""
+    made: list[Any] = []
+
+    def capture(function: Callable[..., Any], **settings: Any) -> Any:
+        made.append(function)
+        return CAPTURE(function, **settings, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", capture)
+    return made
+
+
+def play(compile: bool) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    from engine_kit import World
+
+    policy = tiny_policy(adapter=0.1)
+    engine = LocalEngine(policy, EngineConfig(compile=compile))
+    engine.load_policy(0)
+    try:
+        requests = [*ragged(9), *ragged(3, policy=None)]
+        return [(sample.tokens, sample.logprobs) for sample in World(engine, policy).ask(*requests)]
+    finally:
+        engine.close()
+
+
+def test_a_compiled_step_samples_the_same(captured: list[Any]) -> None:
+    """In one graph: a construct that dynamo cannot capture would fail here. Rows and widths change on the way."""
+    compiled = play(compile=True)
+    assert captured and all(isinstance(step, Step) for step in captured)
+    made = len(captured)
+    assert [tokens for tokens, _ in compiled] == [tokens for tokens, _ in play(compile=False)] and len(captured) == made
+
+
+def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(
+    captured: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nowhere() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nowhere)
+    assert play(compile=True) == play(compile=False) and not captured
+    (sentence,) = said(caplog)
+    assert sentence.startswith("nothing is compiled, because no C++ compiler was found (")
+    assert sentence.endswith("it runs as it is, only slower")
+
+
+@pytest.mark.parametrize("why", ["breaks", "is wrong"])
+def test_a_compiled_step_that_is_no_good_is_not_used(
+    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(step: Any, *arguments: Any) -> torch.Tensor:
+        if why == "breaks":
+            raise RuntimeError("the compiler broke\nand said much")
+        return step(*arguments).flip(-1)
+
+    monkeypatch.setattr(torch, "compile", lambda step, **_: partial(broken, step))
+    slab = slab_for(MODELS["llama"](), compile=True)
+    assert isinstance(slab, KVSlab) and slab.written and not slab.compiles
+    (sentence,) = said(caplog)
+    assert sentence.startswith("decoding is not compiled: ") and "\n" not in sentence
+
+
+def test_a_model_without_a_written_step_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    slab = slab_for(MODELS["gpt2"]().eval(), compile=True)
+    assert isinstance(slab, KVSlab)
+    assert said(caplog) == ["decoding is not compiled: GPT2LMHeadModel has no written step"]
+
+
+def test_compiled_layers_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, layered = tiny_policy(adapter=0.1), tiny_policy(adapter=0.1)
+    original = torch.nn.Module.compile
+    compiled = []
+
+    def compile(module: torch.nn.Module, **settings: Any) -> None:
+        compiled.append(type(module).__name__)
+        original(module, **settings, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    learners = Learner(plain, plain.config), Learner(layered, layered.config.model_copy(update={"compile": True}))
+    assert len(compiled) == 2 and set(compiled) == {"Qwen2DecoderLayer"}
+    one, other = (learner.update(random_groups(seed=0)) for learner in learners)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5) and one.tokens == other.tokens
+    for name, value in plain.state().items():
+        torch.testing.assert_close(value, layered.state()[name], atol=1e-5, rtol=1e-4)
