@@ -5,6 +5,7 @@ The backend is dynamo's `eager`: all of the capture, with its guards and dynamic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -58,7 +59,7 @@ def play(compile: bool) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     engine = LocalEngine(policy, EngineConfig(compile=compile))
     engine.load_policy(0)
     try:
-        requests = [*ragged(9), *ragged(3, policy=None)]
+        requests = ragged(9)
         return [(sample.tokens, sample.logprobs) for sample in World(engine, policy).ask(*requests)]
     finally:
         engine.close()
@@ -107,6 +108,7 @@ def test_a_model_without_a_written_step_is_told_of(caplog: pytest.LogCaptureFixt
     assert said(caplog) == ["decoding is not compiled: GPT2LMHeadModel has no written step"]
 
 
+@pytest.mark.skipif(not os.environ.get("ESPL_FULL"), reason="capturing a backward pass is slow: ESPL_FULL=1")
 def test_compiled_layers_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, layered = tiny_policy(adapter=0.1), tiny_policy(adapter=0.1)
     original = torch.nn.Module.compile
