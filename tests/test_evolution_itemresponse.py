@@ -51,13 +51,12 @@ def truth(
     matches = []
     for step in range(steps):
         first = min(step * prompts // steps, prompts - 3)
-        rewards = {}
+        batch_tasks, rewards = random.permutation(tasks)[:10].tolist(), {}
         for i in range(first, first + 3):
             row = {}
-            for q in random.permutation(tasks)[:10].tolist() if i == first else shared:
+            for q in batch_tasks:
                 logit = skills[i] + ability[step] - difficulty[q] + unit["interaction"] * random.standard_normal()
                 row[q] = tuple((random.random(5) < 1 / (1 + math.exp(-logit))).astype(float).tolist())
-            shared = list(row)
             rewards[f"p{i}"] = row
         matches.append(Match((), {}, {}, rewards, step))
     return skills, matches

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from evolution_cases import batch
+from evolution_cases import ADD, Scripted, batch, breed, outcome, plan, setting
 
+from espl_envs.core.errors import EsplError
 from espl_train.config import EvolutionConfig, RatingConfig
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Principle, Rating
@@ -76,6 +77,54 @@ def test_the_round_trip_is_exact_to_the_last_bit() -> None:
     assert again.members == people.members
 
 
+@pytest.mark.parametrize("kind", ["trueskill", "openskill", "item_response"])
+def test_every_kind_of_rating_goes_on_as_if_there_had_been_no_break(kind: str) -> None:
+    """The same matches with and without a checkpoint in the middle: ratings, draws and births are the same bits."""
+    settings, rating = EvolutionConfig(selection="thompson", capacity=4), RatingConfig(kind=kind)  # type: ignore[arg-type]
+    whole = Population(settings, rating, seed=3)
+    for step in range(1, 9):
+        if step == 5:
+            text = json.dumps(whole.to_json())
+            again = Population.from_json(json.loads(text), settings, rating, seed=3)
+            assert json.dumps(again.to_json()) == text
+        for people in (whole, again) if step >= 5 else (whole,):
+            players = people.select(step, 3, 2)
+            rows = {p: [[(i + step) % 3 / 2, 1 / 3 * (i % 2)] for i in range(4 + len(p))] for p in players}
+            report = people.rate(batch(step, **rows))
+            people.add([child(f"rule {step}", list(players)[-1]), child(f"both {step}", *list(players)[:2])], step)
+    assert json.dumps(again.to_json()) == json.dumps(whole.to_json()) and len(whole) == 4
+    assert set(report["ratings"]) == set(players)
+
+
+def test_ratings_never_go_on_as_another_kind() -> None:
+    saved = grown(3).to_json()
+    with pytest.raises(EsplError, match=r"kind trueskill and cannot go on as item_response"):
+        Population.from_json(saved, EvolutionConfig(), RatingConfig(kind="item_response"), seed=3)
+    with pytest.raises(EsplError, match=r"kind trueskill and cannot go on as openskill"):
+        Population.from_json(saved, EvolutionConfig(), RatingConfig(kind="openskill"), seed=3)
+
+
+def test_a_checkpoint_from_before_there_were_kinds_is_trueskill() -> None:
+    people = grown(3)
+    people.rate(batch(p0000=[[0.0]] * 4, p0001=[[1.0]] * 4))
+    old = {key: value for key, value in people.to_json().items() if key in ("born", "members")}
+    assert Population.from_json(old, EvolutionConfig(), RATING, seed=3).members == people.members
+    with pytest.raises(EsplError):
+        Population.from_json(old, EvolutionConfig(), RatingConfig(kind="item_response"), seed=3)
+
+
+def test_item_response_rates_and_chooses_like_the_others() -> None:
+    people = Population(EvolutionConfig(root=("Be exact.",)), RatingConfig(kind="item_response"), seed=3)
+    people.add([child("a", "p0000"), child("b", "p0000")], 0)
+    played = batch(1, p0000=[[0.5] * 8] * 8, p0001=[[1.0] * 8] * 8, p0002=[[0.0] * 8] * 8)
+    preview = people.preview(played)[1]
+    report = people.rate(played)
+    assert people.elite.id == "p0001" and people.rating("p0001") == preview["p0001"]
+    assert people.rating("p0002").mu < 25 == people.rating("p0000").mu < people.rating("p0001").mu
+    assert report["ability"]["sigma"] > 0 and "ability" not in grown(2).rate(batch(p0000=[[0.0]], p0001=[[1.0]]))
+    json.dumps(report)
+
+
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5])
 def test_eviction_never_drops_root_or_elite(capacity: int) -> None:
     """Method §11 item 5: FIFO deletes neither where everything comes from nor the best that there is."""
@@ -124,3 +173,16 @@ def test_selection_is_keyed_by_step() -> None:
     draws = [tuple(people.select(step, 3, 4)) for step in range(12)]
     assert draws == [tuple(people.select(step, 3, 4)) for step in range(12)] and len(set(draws)) > 3
     assert all(sum(people.select(s, 3, 4).values()) == 12 for s in range(3))
+
+
+def test_nobody_is_bred_while_children_wait() -> None:
+    """No call goes out and the reason is on record; once the last child plays its first game, breeding goes on."""
+    config = setting(nursery=1)
+    people = Population(config, RATING, seed=1)
+    people.add([child("waits", "p0000")], 0)
+    model = Scripted(critique=plan(ADD))
+    played = batch(1, p0000=[[1.0, 0.0], [0.0, 1.0]])
+    assert outcome(breed(model, played, config, people)) == "crowded" and model.asked == []
+    both = [*played, *batch(1, p0001=[[1.0, 0.0], [0.0, 1.0]])]
+    assert outcome(breed(model, both, config, people)) == "child"
+    assert outcome(breed(model, played, setting(), people)) == "child"

@@ -1,10 +1,11 @@
-"""Ratings: the `trueskill` package as its authors expect it, draws where a batch decides nothing, and inheritance."""
+"""Ratings from ranks: both packages as their authors expect them, draws where a batch decides nothing, inheritance."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from evolution_cases import batch, group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from espl_envs.core.errors import MissingExtra
 from espl_train.config import RatingConfig
-from espl_train.evolution import ladders, ratings
+from espl_train.evolution import beliefs, ladders, ratings
 from espl_train.evolution.prompts import Rating
 
 CONFIG = RatingConfig()
@@ -157,3 +159,78 @@ def test_no_child_is_surer_than_its_surest_parent(parents: list[Rating], delta: 
     twins = ladders.inherit([parents[0]] * 3, RatingConfig(delta_sigma=delta))
     single = ladders.inherit([parents[0]], RatingConfig(delta_sigma=delta))
     assert twins.mu == single.mu and twins.sigma == pytest.approx(single.sigma)
+
+
+OPEN = RatingConfig(kind="openskill")
+
+
+def weng_lin(known: list[Rating], ranks: list[int], config: RatingConfig) -> list[Rating]:
+    """Algorithm 1 of Weng and Lin (JMLR 12, 2011), Bradley-Terry over all pairs, for teams of one."""
+    grown = [math.hypot(r.sigma, config.tau) for r in known]
+    after = []
+    for i, r in enumerate(known):
+        omega = delta = 0.0
+        for q, other in enumerate(known):
+            if q == i:
+                continue
+            c = math.sqrt(grown[i] ** 2 + grown[q] ** 2 + 2 * config.beta**2)
+            p = 1 / (1 + math.exp((other.mu - r.mu) / c))
+            s = 0.5 if ranks[q] == ranks[i] else float(ranks[q] > ranks[i])
+            omega += grown[i] ** 2 / c * (s - p)
+            delta += grown[i] / c * (grown[i] / c) ** 2 * p * (1 - p)
+        after.append(Rating(r.mu + omega, grown[i] * math.sqrt(max(1 - delta, 1e-4))))
+    return after
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(-50, 50), st.floats(0.1, 9), st.integers(0, 2)), min_size=2, max_size=5))
+def test_openskill_is_weng_and_lins_algorithm(players: list[tuple[float, float, int]]) -> None:
+    known = [Rating(mu, sigma) for mu, sigma, _ in players]
+    ranks = [rank for *_, rank in players]
+    for got, want in zip(ladders.by_openskill(known, ranks, OPEN), weng_lin(known, ranks, OPEN), strict=True):
+        assert (got.mu, got.sigma) == pytest.approx((want.mu, want.sigma), rel=1e-6, abs=1e-6)
+
+
+def test_openskill_gives_what_its_own_tests_expect() -> None:
+    """Of its test data (bradleyterryfull.json, `normal`): one against two, all alike."""
+    model = ladders.openskill_model(OPEN.model_copy(update={"mu": 33.93520996667812, "sigma": 9.863910103294474}))
+    one, two = model.rate([[model.rating()], [model.rating(), model.rating()]])
+    assert (one[0].mu, one[0].sigma) == pytest.approx((38.60492430454205, 9.771557303944002))
+    assert (two[1].mu, two[1].sigma) == pytest.approx((29.265495628814193, 9.73289909385935))
+
+
+@pytest.mark.parametrize("config", [CONFIG, OPEN], ids=lambda c: c.kind)
+def test_both_ladders_agree_on_who_gains(config: RatingConfig) -> None:
+    result = ratings.match(batch(a=[[0, 0], [0, 0]], b=[[1, 1], [1, 1]], c=[[1, 0], [1, 0]]), config)
+    after = ladders.update(dict.fromkeys("abcd", Rating(25, 25 / 3)), result, config)
+    assert after["b"].mu > after["c"].mu > after["a"].mu and after["d"] == Rating(25, 25 / 3)
+    draw = ratings.match(batch(a=[[1.0, 0.0]], b=[[1.0, 0.0]]), config)
+    closer = ladders.update({"a": Rating(30, 4), "b": Rating(20, 4)}, draw, config)
+    assert 20 < closer["b"].mu < closer["a"].mu < 30
+
+
+def test_a_draw_that_was_taken_for_a_win_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round, too: where every match is a draw, nobody ever rises."""
+    start = dict.fromkeys("ab", Rating(25, 8))
+    clear = ratings.match(batch(a=[[1.0]] * 8, b=[[0.0]] * 8), CONFIG)
+    assert ladders.update(start, clear, CONFIG)["a"].mu > 27
+    monkeypatch.setattr(ratings, "_paired", lambda *_: lambda *_: False)
+    blurred = ratings.match(batch(a=[[1.0]] * 8, b=[[0.0]] * 8), CONFIG)
+    assert ladders.update(start, blurred, CONFIG)["a"].mu == pytest.approx(25)
+
+
+def test_differences_without_a_finite_exponential_are_rated_all_the_same() -> None:
+    after = ladders.by_openskill([Rating(0, 1), Rating(1e7, 1)], [0, 1], OPEN)
+    assert 0 < after[0].mu < 1 and 1e7 - 1 < after[1].mu < 1e7
+
+
+@pytest.mark.parametrize(("kind", "package", "extra"), [
+    ("trueskill", "trueskill", "train"), ("openskill", "openskill.models", "openskill")
+])  # fmt: skip
+def test_a_missing_package_is_named_at_the_start(
+    kind: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=rf"rating.kind {kind}.*espl\[{extra}\]"):
+        beliefs.start(RatingConfig(kind=kind), "p0000")  # type: ignore[arg-type]
+    beliefs.start(RatingConfig(kind="item_response"), "p0000")

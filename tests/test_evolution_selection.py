@@ -1,8 +1,11 @@
-"""Selection: the five rules by hand, the anchor, the elite slot, and how samples are shared out."""
+"""Selection: the rules by hand, the slots around them, and how samples are shared out."""
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espl_train.config import EvolutionConfig, RatingConfig
+from espl_train.evolution import ratings
+from espl_train.evolution.frontier import Frontier
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Principle, Rating
 from espl_train.evolution.selection import RULES, Contender, allocate, candidates, select
@@ -169,3 +174,94 @@ def test_the_newborn_plays_at_once_and_the_others_come_back_while_nobody_is_born
         if step <= 7:
             people.add([Child((Principle("G1", f"Rule {step}."),), "mutation", ("p0000",), 1)], step)
     assert set(after) == {m.prompt.id for m in people.members} and len(after) == 8
+
+
+def test_thompson_plays_the_best_of_a_joint_draw() -> None:
+    drawn = [replace(c, skill=s) for c, s in zip(FOUR, (3.0, 9.0, 7.0, 1.0), strict=True)]
+    assert play("thompson", 2, drawn) == ["b", "c"] and play("thompson", 9, drawn) == ["b", "c", "a", "d"]
+
+
+def test_thompson_plays_each_prompt_as_often_as_it_is_believed_to_be_the_best() -> None:
+    """Two ratings: the one plays alone as often as a draw of its skill is above the other's; keyed by step."""
+    people = Population(EvolutionConfig(selection="thompson", root_anchor=False), RatingConfig(delta_sigma=4.0), seed=0)
+    people.add([Child((Principle("G1", "A."),), "mutation", ("p0000",), 1)], 1)
+    people.rate(batch(2, p0000=[[0.0]] * 9, p0001=[[1.0]] * 9))
+    a, b = people.rating("p0001"), people.rating("p0000")
+    believed = 0.5 * (1 + math.erf((a.mu - b.mu) / math.hypot(a.sigma, b.sigma) / math.sqrt(2)))
+    assert 0.6 < believed < 0.95
+    plays = [next(iter(people.select(step, 1, 1))) for step in range(1500)]
+    assert plays.count("p0001") / 1500 == pytest.approx(believed, abs=0.04)
+    assert plays == [next(iter(people.select(step, 1, 1))) for step in range(1500)]
+
+
+def test_pareto_draws_by_problems_won() -> None:
+    won = [replace(c, wins=w, games=1) for c, w in zip(FOUR, (3, 0, 1, 0), strict=True)]
+    first = [play("pareto", 1, won, seed=s, newest=False)[0] for s in range(2000)]
+    assert first.count("a") / 2000 == pytest.approx(0.75, abs=0.03) and set(first) == {"a", "c"}
+    both = [set(play("pareto", 2, won, seed=s, newest=False)) for s in range(50)]
+    assert all(chosen == {"a", "c"} for chosen in both)
+    third = [play("pareto", 3, won, seed=s, newest=False)[2] for s in range(400)]
+    assert 150 < third.count("b") < 250 and set(third) == {"b", "d"}
+    assert all("d" in play("pareto", 3, won, seed=s) for s in range(20))
+    unplayed = [*won[:3], replace(won[3], games=0)]
+    assert all(play("pareto", 2, unplayed, seed=s)[1] == "d" for s in range(20))
+
+
+def test_the_frontier_keeps_whoever_alone_solves_something() -> None:
+    frontier = Frontier(window=3)
+    frontier.record(1, {"a": {0: (1.0,), 1: (1.0,), 2: (0.0,)}, "b": {0: (0.0,), 1: (1.0,), 2: (0.5, 1.0)}})
+    assert frontier.wins(["a", "b"]) == {"a": 2, "b": 2}
+    assert frontier.wins(["b"]) == {"b": 3}                                  # against whoever lives
+    frontier.record(2, {"c": {1: (1.0,), 0: (0.2,)}})
+    assert frontier.wins("abc") == {"a": 2, "b": 2, "c": 0}    # others are as good wherever c is the best
+    frontier.record(3, {"a": {2: (1.0,)}})
+    assert frontier.wins("abc") == {"a": 3, "b": 0, "c": 0}
+    frontier.record(4, {"b": {2: (1.0,)}})
+    assert frontier.wins("abc") == {"a": 0, "b": 1, "c": 2}      # the first is forgotten; of equals the newer stays
+    again = Frontier.from_json(json.loads(json.dumps(frontier.to_json())), 3)
+    assert again.wins("abc") == frontier.wins("abc") and again.to_json() == frontier.to_json()
+
+
+def test_juveniles_are_sure_of_a_place_until_they_have_played() -> None:
+    config = EvolutionConfig(juvenile_games=2)
+    members = [replace(c, games=g) for c, g in zip(FOUR, (9, 2, 1, 0), strict=True)]
+    assert select(members, "a", "b", 3, config, np.random.default_rng(0)) == ["a", "c", "d"]      # and the champion
+    assert select(members, "a", "b", 4, config, np.random.default_rng(0)) == ["a", "c", "d", "b"]
+    assert select(members, "a", "b", 2, config, np.random.default_rng(0)) == ["a", "c"]
+    far = members[:3] + [Contender(f"n{i}", Rating(20, 3), games=5) for i in range(20)]
+    assert "c" in select(far, "a", "b", 3, config, np.random.default_rng(0)), "however old"
+    off = config.model_copy(update={"juvenile_games": 0})
+    assert select(members, "a", "b", 4, off, np.random.default_rng(0)) == ["a", "c", "b", "d"]
+    assert "c" not in select(far, "a", "b", 3, off, np.random.default_rng(0))
+
+
+def test_the_newest_slot_can_be_closed() -> None:
+    closed = {"newest": False}
+    assert play("lucb", 2, **closed) == ["a", "b"] and play("ucb", 2, **closed) == ["b", "d"]
+    drawn = [play("uniform", 2, seed=s, **closed) for s in range(300)]
+    assert all(110 < sum(x in d for d in drawn) < 190 for x in "abcd")
+
+
+def games(steps: int, **changes: Any) -> tuple[dict[str, int], Population]:
+    """Games by prompt, in a run in which a child of the root is born at every step unless it is too crowded."""
+    people = Population(EvolutionConfig(**changes), RatingConfig(), seed=0)
+    for step in range(1, steps + 1):
+        players = people.select(step, 3, 2)
+        groups = batch(step, **{p: [[float((step + i) % 2)] for i in range(4)] for p in players})
+        crowded = people.crowded(people.preview(groups)[0])
+        people.rate(groups)
+        if not crowded:
+            people.add([Child((Principle("G1", f"Rule {step}."),), "mutation", ("p0000",), 1)], step)
+    return {m.prompt.id: m.games for m in people.members}, people
+
+
+def test_with_a_nursery_every_child_gets_its_games() -> None:
+    """While a child is born at every step the one place for juveniles cannot serve them all; with a nursery births
+    wait, and nobody is passed over."""
+    flood, _ = games(30, juvenile_games=3)
+    assert sum(flood[p] == 0 for p in list(flood)[1:]) > 10
+    calm, people = games(30, juvenile_games=3, nursery=2)
+    *children, last, newest = list(calm)[1:]
+    assert len(children) >= 8 and all(calm[p] >= 3 for p in children) and calm[last] + calm[newest] < 6
+    nothing = ratings.match([], RatingConfig())
+    assert people.crowded(nothing) and not games(1, nursery=2)[1].crowded(nothing)

@@ -71,6 +71,9 @@ class Breeder:
             refused = Rejection(Reason.NO_MIXED_PROBLEM, "no problem that all prompts played")
             return self._report(step, None, {"mutation": refused, "crossover": refused}, {}, reflector)
         best = population[champion(match, after, self._config)]
+        if population.crowded(match):
+            refused = Rejection(Reason.CROWDED, "children wait for their first games (evolution.nursery)")
+            return self._report(step, best, {"mutation": refused, "crossover": refused}, {}, reflector)
         taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
         others = [population[p] for p in match.values if p != best.id]
         table = scores(groups)

@@ -72,12 +72,12 @@ class Population:
         """How many matches a living prompt has played."""
         return self._games[prompt]
 
-    @property
-    def crowded(self) -> bool:
-        """Whether so many children wait for their first games that no others should be born."""
-        config = self._evolution
-        young = sum(games < max(config.juvenile_games, 1) for games in list(self._games.values())[1:])
-        return 0 < config.nursery <= young
+    def crowded(self, match: ratings.Match) -> bool:
+        """Whether, once `match` is counted, so many children wait for their first games that none should be born."""
+        enough = max(self._evolution.juvenile_games, 1)
+        played = match.ranks if len(match.ranks) > 1 else ()
+        young = sum(games + (p in played) < enough for p, games in self._games.items() if p != self.root.id)
+        return 0 < self._evolution.nursery <= young
 
     def top(self, count: int) -> list[str]:
         """The best `count` ids by lower bound among those that have played, best first, newer before older."""

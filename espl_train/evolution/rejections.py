@@ -40,6 +40,7 @@ class Reason(StrEnum):
     DUPLICATE_PROMPT = "duplicate_prompt"
     NOT_DRAWN = "not_drawn"
     SWITCHED_OFF = "switched_off"
+    CROWDED = "crowded"
 
 
 @dataclass(frozen=True, slots=True)
