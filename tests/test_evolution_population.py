@@ -185,4 +185,6 @@ def test_nobody_is_bred_while_children_wait() -> None:
     assert outcome(breed(model, played, config, people)) == "crowded" and model.asked == []
     both = [*played, *batch(1, p0001=[[1.0, 0.0], [0.0, 1.0]])]
     assert outcome(breed(model, both, config, people)) == "child"
-    assert outcome(breed(model, played, setting(), people)) == "child"
+    free = Population(setting(), RATING, seed=1)
+    free.add([child("waits", "p0000")], 0)
+    assert outcome(breed(model, played, setting(), free)) == "child"
