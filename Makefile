@@ -1,4 +1,5 @@
 # make train · make test · make lint · make bench — each sets itself up in .venv; only Python >= 3.11 and make are needed.
+# make interop sets up .venv-openenv and .venv-verifiers, where the tests of these suites run: their pins exclude ours.
 # make vllm sets up .venv-vllm, where the tests of the vLLM engine run on a CPU; make test runs them where it is there.
 # Another torch build (CUDA): make train TORCH="torch==2.13.0 --index-url URL" with the URL that pytorch.org shows for your card.
 PYTHON ?= python3
@@ -17,17 +18,20 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 COMMA := ,
 REQUIRED := $(subst $(COMMA), ,$(ESPL_REQUIRE))
 SECOND := $(or $(filter vllm,$(REQUIRED)),$(wildcard $(VLLM_VENV)/.ready))
+SUITES := openenv verifiers
+GUESTS := $(sort $(filter $(SUITES),$(REQUIRED)) $(foreach suite,$(SUITES),$(if $(wildcard .venv-$(suite)/.ready),$(suite))))
 
-.PHONY: train test test-main test-vllm vllm lint bench clean
+.PHONY: train test test-main test-vllm vllm interop $(SUITES:%=test-%) lint bench clean
 
 train: $(VENV)/.train
 	@$(BIN)/espl-train $(ARGS)
 
 test: test-main
+	$(if $(GUESTS),@$(MAKE) --no-print-directory $(GUESTS:%=test-%))
 	$(if $(SECOND),@$(MAKE) --no-print-directory test-vllm)
 
 test-main: lint
-	ESPL_REQUIRE=$(subst $() ,$(COMMA),$(filter-out vllm,$(REQUIRED))) \
+	ESPL_REQUIRE=$(subst $() ,$(COMMA),$(filter-out vllm $(SUITES),$(REQUIRED))) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-vllm: vllm
@@ -61,6 +65,23 @@ $(VENV)/.dev: $(VENV)/.train
 	@$(PIP) --editable ".[train,reasoning,games,docker,openskill,dev]"
 	@touch $@
 
+$(SUITES:%=test-%): test-%: .venv-%/.ready
+	ESPL_REQUIRE=$* OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-$*/bin/python -m pytest -m $* tests/test_interop_*.py
+
+interop: $(SUITES:%=.venv-%/.ready)
+
+.SECONDARY: $(SUITES:%=.venv-%/.packages)
+
+.venv-%/.packages: constraints-%.txt
+	@echo "setting up .venv-$* (once)"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement constraints-$*.txt
+	@touch $@
+
+.venv-%/.ready: pyproject.toml .venv-%/.packages
+	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	@touch $@
+
 vllm: $(VLLM_VENV)/.ready
 
 $(VLLM_VENV)/.packages: constraints-vllm.txt
@@ -75,4 +96,4 @@ $(VLLM_VENV)/.ready: pyproject.toml $(VLLM_VENV)/.packages
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(SUITES:%=.venv-%) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

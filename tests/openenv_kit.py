@@ -1,4 +1,4 @@
-"""Servers for the tests of OpenEnv: one of ours in a process of its own, and two of OpenEnv's kind that know nothing of us."""
+"""Servers for the tests of OpenEnv: ours in a process of its own, and two of OpenEnv's kind that know nothing of us."""
 
 from __future__ import annotations
 
@@ -106,6 +106,6 @@ def foreign(environment: type[Environment], action: type[Action], seen: type[Obs
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert started.wait(30)
-    yield "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)

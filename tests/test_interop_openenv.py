@@ -18,6 +18,7 @@ from gymnasium.error import Error
 from espl_envs.core.errors import EnvironmentFault, EsplError, MissingExtra
 from espl_envs.core.messages import Message, ToolCall
 from espl_envs.evaluate import cli
+from espl_envs.grading.verdict import Verdict
 from espl_envs.interop import openenv
 
 needs_package = pytest.mark.openenv
@@ -129,19 +130,13 @@ def test_a_broken_grader_is_a_fault_over_the_wire_and_no_reward(server: str) -> 
 
 @needs_package
 def test_what_changes_a_score_on_the_way_is_noticed(package: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    from espl_envs.interop.openenv.client import _Session
-
     import openenv_kit
 
-    monkeypatch.setattr(_Session, "verdict", lambda self: __import__("dataclasses").replace(honest(self), score=0.5))
+    from espl_envs.interop.openenv.client import _Session
+
+    monkeypatch.setattr(_Session, "verdict", lambda self: Verdict(self.total / 2))
     with openenv_kit.served("toy:toy/AddTools-v0") as address, pytest.raises(AssertionError):
         test_an_episode_over_the_wire_is_the_episode(address, "right")
-
-
-def honest(session: Any) -> Any:
-    from espl_envs.grading.verdict import Verdict
-
-    return Verdict(session.total)
 
 
 @needs_package
@@ -193,8 +188,9 @@ def test_espl_eval_plays_behind_a_server(server: str, tmp_path: Path) -> None:
 
 @needs_package
 @pytest.mark.parametrize("words", [
-    ["--env", "espl/Nothing-v0"], ["--env", "toy:toy/Add-v0", "--split", "dev"], ["--env", "toy:toy/Add-v0", "--port", "-1"],
-    ["--env", "toy:toy/Add-v0", "--host", "256.0.0.1"], ["--env", "toy:toy/Add-v0", "--env.args", "colour=red"],
+    ["--env", "espl/Nothing-v0"], ["--env", "toy:toy/Add-v0", "--split", "dev"],
+    ["--env", "toy:toy/Add-v0", "--port", "-1"], ["--env", "toy:toy/Add-v0", "--host", "256.0.0.1"],
+    ["--env", "toy:toy/Add-v0", "--env.args", "colour=red"],
 ])  # fmt: skip
 def test_what_cannot_be_served_is_one_sentence(
     package: None, words: list[str], capsys: pytest.CaptureFixture[str]  # noqa: ARG001
@@ -205,7 +201,7 @@ def test_what_cannot_be_served_is_one_sentence(
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "ftp://example", "nonsense"])
 def test_no_server_is_one_sentence(address: str) -> None:
-    with pytest.raises(EsplError, match="no OpenEnv server|expected http") as problem:
+    with pytest.raises(EsplError, match=r"no OpenEnv server|expected http") as problem:
         gymnasium.make(REMOTE, base_url=address)
     assert "\n" not in str(problem.value) and not isinstance(problem.value, Error)
 

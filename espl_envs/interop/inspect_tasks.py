@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from inspect_ai import Epochs, Task, task
@@ -30,6 +30,7 @@ from inspect_ai.tool import Tool, ToolCall, ToolDef, ToolParams
 from espl_envs.core import background, messages
 from espl_envs.core.errors import EsplError
 from espl_envs.evaluate import plan
+from espl_envs.evaluate.agents import ToolSyntax
 from espl_envs.evaluate.wire import to_wire
 
 STORE = "espl/episode"
@@ -52,7 +53,7 @@ def environment(
     """  # fmt: skip
     if system_prompt is not None:
         arguments["system_prompt"] = system_prompt
-    syntax = "text" if arguments.get("tool_syntax") == "text" else "native"
+    syntax: ToolSyntax = "text" if arguments.get("tool_syntax") == "text" else "native"
     arena = plan.arena(env, arguments, split, limit, syntax)
     samples = [_sample(arena, index) for index in range(arena.config.tasks)]
     return Task(
@@ -124,12 +125,12 @@ def to_chat(conversation: messages.Conversation, last: ChatMessage | None = None
 
 def from_chat(reply: ChatMessageAssistant) -> messages.Message:
     """What a model said. Arguments that inspect could not parse stay unparseable: the environment answers them."""
-    calls = tuple(
-        messages.ToolCall(call.id, call.function,
-                          json.dumps(call.arguments, ensure_ascii=False) if call.parse_error is None else call.parse_error)
-        for call in reply.tool_calls or ()
-    )
+    calls = tuple(messages.ToolCall(call.id, call.function, _arguments(call)) for call in reply.tool_calls or ())
     return messages.Message("assistant", reply.text, calls)
+
+
+def _arguments(call: ToolCall) -> str:
+    return json.dumps(call.arguments, ensure_ascii=False) if call.parse_error is None else call.parse_error
 
 
 def _chat(raw: Mapping[str, Any]) -> ChatMessage:
@@ -188,6 +189,3 @@ def _native(arguments: Mapping[str, Any]) -> bool:
 async def _here(work: Any) -> Any:
     """Await on this loop what belongs on the environments' own."""
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, background.loop()))
-
-
-__all__: Sequence[str] = ("environment", "episode_score", "from_chat", "play", "to_chat")

@@ -83,7 +83,9 @@ class EsplTaskset(vf.Taskset[EsplTask, EsplTasksetConfig]):
 class EsplEnvConfig(vf.EnvConfig):
     """One seat: who plays."""
 
-    player: vf.AgentConfig = vf.AgentConfig.model_validate({"harness": {"id": "null"}, "runtime": {"type": "subprocess"}})
+    player: vf.AgentConfig = vf.AgentConfig.model_validate(
+        {"harness": {"id": "null"}, "runtime": {"type": "subprocess"}}
+    )
 
 
 class EsplEnv(vf.Env[EsplEnvConfig]):

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -108,7 +108,7 @@ class _Session:
     question: str = ""
     heard: tuple[Message, ...] = ()
     total: float = 0.0
-    info: Mapping[str, Any] = ()                        # type: ignore[assignment]
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     async def begin(cls, url: str, timeout: float, schema: Mapping[str, Any], reset: Mapping[str, Any]) -> _Session:
@@ -143,8 +143,9 @@ class _Session:
         self.info = result.metadata or result.observation.get("metadata") or {}
         if not result.done:
             return ""
+        stops: tuple[Stop, ...] = get_args(Stop)
         said = self.info.get("stop_reason") if self._ours else ""
-        return said if said in get_args(Stop) and said else "answer"
+        return next((stop for stop in stops if stop and stop == said), "answer")
 
     def verdict(self) -> Verdict:
         """The sum of the rewards; what a server of ours says of it beside."""
@@ -159,7 +160,7 @@ class _Session:
 
     @property
     def _ours(self) -> bool:
-        return OURS <= set(self.schema.get("properties", ()))
+        return OURS.issubset(self.schema.get("properties", ()))
 
     def _field(self) -> str | None:
         """The action's one required text field, if it has one."""

@@ -50,7 +50,7 @@ def public_name(env_id: str) -> str:
 
 
 class Served(Environment):
-    """`env_id` with these arguments. `reset` takes a seed, or a task as `index` or `task_id`; `split`; `system_prompt`."""
+    """`env_id` with these arguments. `reset` takes `seed`, or `index` or `task_id`; and `split`, `system_prompt`."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
