@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from espl_envs.core import background
 from espl_envs.core.errors import EnvironmentFault, EsplError
@@ -26,7 +25,6 @@ from espl_train.player import Player
 from espl_train.randomness import derive
 from espl_train.records import Rollout, RolloutKey, StopReason, Turn
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]      # episodes done, tokens sampled so far
 ENDED = (StopReason.ANSWER, StopReason.TRUNCATED)    # by the environment; whatever else ends an episode cuts it off
 
@@ -94,7 +92,7 @@ class Collector:
         raised. Raises EsplError where too many episodes fail, those of the same step that were played `earlier`
         included.
         """
-        return _run(self.acollect(jobs, policy, temperature, progress, top_p, earlier))
+        return background.run_through(self.acollect(jobs, policy, temperature, progress, top_p, earlier))
 
     async def acollect(
         self, jobs: Sequence[Job], policy: int | None, temperature: float | None = None,
@@ -118,7 +116,7 @@ class Collector:
         """Close all environments. Calling it again is fine."""
         players, self._idle = self._idle, []
         if players:
-            _run(_close(players))
+            background.run_through(_close(players))
 
     async def _work(self, batch: _Batch, queue: Iterator[tuple[int, Job]]) -> None:
         """One place at the table: play episodes until none is left."""
@@ -248,29 +246,3 @@ class Collector:
 async def _close(players: Sequence[Player]) -> None:
     for player in players:
         await player.close()
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run on the environments' own loop, so that what they opened stays usable; an interrupt waits for the clean-up."""
-    loop, done = background.loop(), threading.Event()
-    tasks: list[asyncio.Task[T]] = []
-
-    def start() -> None:
-        tasks.append(loop.create_task(coroutine))
-        tasks[0].add_done_callback(lambda _: done.set())
-
-    def stop() -> None:
-        if tasks:
-            tasks[0].cancel()
-        else:
-            coroutine.close()
-            done.set()
-
-    try:
-        loop.call_soon_threadsafe(start)
-        done.wait()
-    except BaseException:
-        loop.call_soon_threadsafe(stop)
-        done.wait(timeout=30)
-        raise
-    return tasks[0].result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import math
 import random
@@ -368,17 +369,28 @@ class Endless(ScriptedEngine):
     """Interrupts the main thread at its tenth request, and answers nobody: however late the interrupt is noticed, all
     ten episodes are still in flight."""
 
+    def __init__(self, interrupt: Callable[[], None]) -> None:
+        super().__init__(lambda _: "")
+        self.interrupt = interrupt
+
     async def sample(self, request: Request) -> Sample:
         self.requests.append(request)
         self.sessions.add(str(request.session))
         if len(self.requests) == 10:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            self.interrupt()
         return await asyncio.get_running_loop().create_future()
 
 
-def test_ctrl_c_ends_every_episode_before_it_is_raised() -> None:
-    engine = Endless(lambda _: "")
-    played = Collector(lambda: Logged(tools=True), CHAT, engine, RolloutConfig(), 0)
+INTERRUPTS = {
+    "in the wait": lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT),
+    "just before it": _thread.interrupt_main,      # noted, but wakes nobody: as if it had come a moment earlier
+}
+
+
+@pytest.mark.parametrize("when", INTERRUPTS)
+def test_ctrl_c_ends_every_episode_before_it_is_raised(when: str) -> None:
+    engine = Endless(INTERRUPTS[when])
+    played = Collector(lambda: Logged(tools=True), CHAT, engine, RolloutConfig(deadline_s=60), 0)
     with pytest.raises(KeyboardInterrupt):
         played.collect(jobs(10), policy=0)
     assert engine.callers == 0 and not engine.sessions

@@ -9,9 +9,12 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+PATIENCE = 0.5      # seconds after which an interrupt is noticed at the latest
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -38,7 +41,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         raise RuntimeError("reset/step were called on the environments' own loop; await areset/astep there")
     future = asyncio.run_coroutine_threadsafe(coroutine, shared)
     try:
-        return future.result()
+        return _result(future)
     except BaseException:
         future.cancel()
         raise
@@ -46,21 +49,41 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def run_through(coroutine: Coroutine[Any, Any, T], grace: float = 30.0) -> T:
     """`run`, for work that holds things: an interrupt cancels it and waits up to `grace` seconds for its clean-up."""
-    ended = threading.Event()
+    shared, ended = loop(), threading.Event()
+    tasks: list[asyncio.Task[T]] = []
 
-    async def whole() -> T:
-        try:
-            return await coroutine
-        finally:
+    def start() -> None:
+        tasks.append(shared.create_task(coroutine))
+        tasks[0].add_done_callback(lambda _: ended.set())
+
+    def stop() -> None:
+        if tasks:
+            tasks[0].cancel()
+        else:
+            coroutine.close()
             ended.set()
 
-    future = asyncio.run_coroutine_threadsafe(whole(), loop())
     try:
-        return future.result()
+        shared.call_soon_threadsafe(start)
+        while not ended.wait(PATIENCE):
+            pass
     except BaseException:
-        if future.cancel():
-            ended.wait(grace)
+        shared.call_soon_threadsafe(stop)
+        ended.wait(grace)
         raise
+    return tasks[0].result()
+
+
+def _result(future: Future[T]) -> T:
+    """What `future` comes to. A signal that arrives in the instant before a thread begins to wait does not end the
+    wait: so nobody waits longer than `PATIENCE` without looking up.
+    """
+    while True:
+        try:
+            return future.result(PATIENCE)
+        except TimeoutError:
+            if future.done():
+                return future.result()
 
 
 def _forget() -> None:

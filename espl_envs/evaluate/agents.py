@@ -26,7 +26,7 @@ from espl_envs.core.messages import Conversation, Message, ToolSpec
 from espl_envs.evaluate.config import AgentConfig
 from espl_envs.evaluate.records import EpisodeKey, TurnUsage
 
-MAX_REPLY = 2_000_000           # characters of one reply; about half a million tokens
+MAX_REPLY = 2_000_000           # characters of one reply, its reasoning included; about half a million tokens
 ToolSyntax = Literal["text", "native"]
 
 
@@ -114,7 +114,8 @@ def as_reply(said: object) -> Reply:
     reply = said if isinstance(said, Reply) else Reply(_message(said))
     if not isinstance(reply.message, Message) or reply.message.role != "assistant":
         raise AgentFailed(f"the agent returned {_described(reply.message)}, {_EXPECTED}")
-    size = len(reply.message.content) + sum(len(call.arguments) for call in reply.message.tool_calls)
+    size = len(reply.message.content) + sum(len(call.reasoning) for call in reply.calls)
+    size += sum(len(call.id) + len(call.name) + len(call.arguments) for call in reply.message.tool_calls)
     if size > MAX_REPLY:
         raise AgentFailed(f"the agent returned {size:,} characters, at most {MAX_REPLY:,} are played")
     return reply

@@ -293,9 +293,14 @@ def checked_url(base_url: str) -> str:
     EsplError for what is no URL, and for one with credentials: keys belong into the environment."""
     if any(mark in base_url for mark in "@?#"):
         raise EsplError("--base-url holds more than an address: keys come from an environment variable (--api-key-env)")
-    parts = urlsplit(base_url)
+    expected = EsplError(f"--base-url is {base_url!r}, expected a URL such as http://localhost:8000/v1")
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:
+        raise expected from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EsplError(f"--base-url is {base_url!r}, expected a URL such as http://localhost:8000/v1")
+        raise expected
     return base_url.rstrip("/") if parts.path.strip("/") else f"{base_url.rstrip('/')}/v1"
 
 

@@ -9,6 +9,7 @@ score. A fault of the agent's own infrastructure has been tried again where it h
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from espl_envs.core.messages import Conversation
 from espl_envs.core.randomness import derive
 from espl_envs.evaluate.agents import Agent, AgentFailed, AgentFault, ContextExceeded, Reply, Seat, sentence
 from espl_envs.evaluate.config import EvalConfig
+from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.plan import Arena
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
@@ -160,15 +162,17 @@ class _Play:
 
 
 class Runner:
-    """Plays what is missing in `directory`, in `arenas` (by id). `watcher` is told as it happens."""
+    """Plays what is missing in `directory`, in `arenas` (by id). `watcher` is told as it happens. `secret` is what no
+    file may hold, whoever says it."""
 
     def __init__(
-        self, directory: RunDirectory, arenas: Sequence[Arena], agent: Agent, limits: Limits, watcher: Watcher
+        self, directory: RunDirectory, arenas: Sequence[Arena], agent: Agent, limits: Limits, watcher: Watcher,
+        secret: Secret | None = None,
     ) -> None:
         self.directory, self.config, self.agent, self.limits = directory, directory.config, agent, limits
         self.purse = Purse(limits.max_cost)
         self._arenas = {(arena.config.id, arena.config.split): arena for arena in arenas}
-        self._watcher = watcher
+        self._watcher, self._secret = watcher, secret or Secret()
         self._scribe = Scribe(directory)
         self._faults_in_a_row = self._dropped = 0
 
@@ -205,7 +209,7 @@ class Runner:
             try:
                 if (key := next(queue, None)) is None:
                     return
-                episode = await self._episode(key)
+                episode = _without(self._secret, await self._episode(key))
                 cost = None if episode.outcome is Outcome.FAULT else episode.cost
             except _Unpaid:
                 self._dropped += 1
@@ -338,6 +342,16 @@ def _record(
         seconds=seconds,
         started=started,
     )
+
+
+def _without(secret: Secret, episode: Episode) -> Episode:
+    """The episode as it may be written down: an agent that reads the key may say it, or raise it."""
+    line = episode.to_json()
+    if not secret.held(line):
+        return episode
+    said = ("answer", "error", "reference", "info", "messages", "turns")
+    record = json.loads(line)
+    return Episode.from_json(json.dumps({**record, **{name: secret.hidden_in(record[name]) for name in said}}))
 
 
 def _stop_reason(play: _Play, outcome: Outcome) -> str:
