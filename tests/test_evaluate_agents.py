@@ -226,7 +226,9 @@ def test_long_arguments_count_as_well_as_long_texts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(agents, "MAX_REPLY", 10)
     as_reply("1234567890")
     with pytest.raises(AgentFailed, match="11 characters"):
-        as_reply(Message("assistant", "12345", (ToolCall("", "f", "123456"),)))
+        as_reply(Message("assistant", "12345", (ToolCall("", "f", "12345"),)))
+    with pytest.raises(AgentFailed, match="11 characters"):
+        as_reply(Reply(Message("assistant", "1"), (TurnUsage(1, 1, 0, 1.0, reasoning="1234567890"),)))
 
 
 def test_threads_are_used_again_and_given_up(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -27,6 +28,16 @@ def agent(messages, tools):
     a, b = map(int, re.search(r"(\\d+) \\+ (\\d+)", messages[-1].content).groups())
     time.sleep(0.02)
     return f"\\\\boxed{{{a + b if a % 3 else 0}}}"
+"""
+LEAKS = """
+import json, os
+from base64 import b64encode
+from urllib.parse import quote
+def agent(messages, tools):
+    key = os.environ['OPENAI_API_KEY']
+    if '25' in messages[-1].content:
+        raise RuntimeError(f'401 for {key}')
+    return f'\\\\boxed{{{key}}} {json.dumps(key)} {quote(key)} {b64encode(key.encode()).decode()}'
 """
 SCORES = [float(task % 3 != 0) for task in range(25, 35)]
 
@@ -259,6 +270,50 @@ def test_stopped_in_the_middle_and_resumed_every_episode_is_there_once(
     assert all(row["score"] == SCORES[row["task"]] for row in rows) and len(rows) - before >= 1
     assert json.loads(Path("run/summary.json").read_text())["mean"] == pytest.approx(sum(SCORES) / 10)
     assert capsys.readouterr().err == ""
+
+
+def test_an_agent_s_prints_and_travels_leave_the_answer_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path("sub").mkdir()
+    Path("sub/neighbour_of_agent.py").write_text("ANSWER = 'x'")
+    Path("sub/loud.py").write_text("import os\nfrom neighbour_of_agent import ANSWER\n"
+                                   "print('imported')\nos.chdir('/')\ndef agent(messages, tools):\n"
+                                   "    print('noise')\n    return ANSWER\n")
+    assert evaluate("--json", "--limit", "2", agent="sub/loud.py:agent") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["mean"] == 0 and "imported" in shown.err and "noise" in shown.err
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_module_that_exits_is_no_silent_success(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("exits.py").write_text("import sys\nsys.exit(0)\n")
+    assert evaluate(agent="exits.py:agent") == 2 and "importing it raised SystemExit" in capsys.readouterr().err
+
+
+def test_a_key_that_an_agent_says_or_raises_is_in_no_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = 'sk-live/01234"56789'
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    Path("leaks.py").write_text(LEAKS)
+    assert evaluate(agent="leaks.py:agent") == 0
+    shown, rows = capsys.readouterr(), lines(Path("run"))
+    said = shown.out + shown.err + "".join(file.read_text() for file in Path("run").iterdir())
+    for form in ("sk-live", "01234", "56789", base64.b64encode(key.encode()).decode()[:12]):
+        assert form not in said
+    assert said.count("[key]") >= 20
+    assert {row["outcome"] for row in rows} == {"answered", "agent_error"}
+    assert evaluate("--env.args", f"protocol={key}", out="other") == 2 and not Path("other").exists()
+
+
+def test_names_are_no_markup_and_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("[red]b.py").write_text(AGENT)
+    assert evaluate(out="a[/b]") == evaluate(out="\x1b[31mb", agent="[red]b.py:agent") == 0
+    assert main(["compare", "a[/b]", "\x1b[31mb"]) == main(["leaderboard", "."]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("[red]b.py:agent") == 3 and "\x1b" not in shown.out
+    assert main(["report", "\x1b[31mc"]) == 2 and "\x1b" not in capsys.readouterr().err
 
 
 def test_the_command_line_is_documented() -> None:

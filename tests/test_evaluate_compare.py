@@ -31,6 +31,11 @@ def test_mcnemar_is_the_exact_binomial_test(wins: int, losses: int, p: float) ->
     assert mcnemar(wins, losses) == pytest.approx(p) == mcnemar(losses, wins)
 
 
+def test_mcnemar_s_test_takes_thousands_of_disagreements() -> None:
+    assert mcnemar(10_050, 9_950) == pytest.approx(0.4839059304628857)
+    assert mcnemar(300, 200) == 2 * sum(math.comb(500, i) for i in range(201)) / 2**500
+
+
 def test_the_permutation_test_is_mcnemar_s_where_both_apply() -> None:
     for wins, losses in ((6, 0), (8, 1), (9, 4), (3, 3)):
         differences = np.array([1.0] * wins + [-1.0] * losses + [0.0] * 20)

@@ -224,12 +224,36 @@ def test_a_start_that_died_early_does_not_block_the_next(tmp_path: Path) -> None
     RunDirectory.create(tmp_path / "run", CONFIG).close()
 
 
+def test_what_the_file_system_refuses_is_a_sentence(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    for refused in (RunDirectory.create, RunDirectory.open):
+        with pytest.raises(RunError, match="File name too long"):
+            refused(long, CONFIG)
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(RunError, match="run cannot be written: Is a directory"):
+        RunDirectory.create(tmp_path / "run", CONFIG)
+
+
+def test_environments_grow_in_whatever_order_they_are_named(tmp_path: Path) -> None:
+    many, few = (replace(CONFIG.envs[0], id=f"x/{size}-v0", tasks=size, size=size) for size in (9, 3))
+    RunDirectory.create(tmp_path / "run", other(envs=(many, few), limit=None)).close()
+    with RunDirectory.open(tmp_path / "run", other(envs=(few, many), limit=None)) as run:
+        assert len(run.missing()) == 12 * CONFIG.k
+    with pytest.raises(RunError, match=r"tasks: 9 there, 8 here"):
+        RunDirectory.open(tmp_path / "run", other(envs=(few, replace(many, tasks=8)), limit=None))
+
+
+def test_a_run_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(EsplError, match="episodes, a run holds 5,000,000 at most"):
+        other(k=10**9)
+
+
 def test_files_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunDirectory.create(tmp_path / "run", CONFIG) as run:
         run.write_json("summary.json", {"mean": 1})
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("the machine died")))
-            with pytest.raises(OSError, match="died"):
+            with pytest.raises(RunError, match=r"summary\.json cannot be written: the machine died"):
                 run.write_json("summary.json", {"mean": 2})
         assert json.loads((run.path / "summary.json").read_text()) == {"mean": 1}
 

@@ -364,7 +364,7 @@ def test_a_server_that_is_being_loaded_or_wants_other_words_is_waited_for(tmp_pa
 def test_urls_are_addresses() -> None:
     assert checked_url("http://localhost:8000") == checked_url("http://localhost:8000/") == "http://localhost:8000/v1"
     assert checked_url("https://x.org/api/v2/") == "https://x.org/api/v2"
-    for wrong in ("localhost:8000", "ftp://x", "", "http://"):
+    for wrong in ("localhost:8000", "ftp://x", "", "http://", "http://[::1", "http://x:99999/v1", "http://.../v1"):
         with pytest.raises(EsplError, match="expected a URL"):
             checked_url(wrong)
     for secret in (f"http://u:{KEY}@x/v1", f"http://x/v1?api-key={KEY}", f"http://x/#{KEY}"):

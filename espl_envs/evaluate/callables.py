@@ -145,12 +145,14 @@ def _module(name: str, path: str) -> Any:
         raise
     except ModuleNotFoundError as missing:
         raise EsplError(f"--agent {path!r}: there is no module {missing.name!r} here") from missing
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise EsplError(f"--agent {path!r}: importing it raised {sentence(problem)}") from problem
 
 
 def _from_file(file: Path) -> Any:
-    """Under a name of its own: a file json.py must not take the place of the module json."""
+    """Under a name of its own: a file json.py must not take the place of the module json. It finds its neighbours, as
+    it does when Python runs it."""
+    sys.path.append(str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(f"espl_agent_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     made = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -35,8 +35,9 @@ from espl_envs.evaluate import doors, options, plan
 from espl_envs.evaluate.agents import Agent, Door
 from espl_envs.evaluate.config import EvalConfig
 from espl_envs.evaluate.credentials import Secret
-from espl_envs.evaluate.directory import RunDirectory
-from espl_envs.evaluate.progress import Progress
+from espl_envs.evaluate.directory import CONFIG, RunDirectory, refuse_foreign
+from espl_envs.evaluate.plain import visible
+from espl_envs.evaluate.progress import Progress, printable
 from espl_envs.evaluate.runner import Halted, Limits, Runner
 
 EARLY = 3
@@ -80,10 +81,12 @@ class _Evaluation:
     arenas: tuple[plan.Arena, ...]
     config: EvalConfig
     limits: Limits
-    out: Path
+    out: Path               # absolute: an agent may change the working directory
+    called: Path            # the same as the user says it
     resume: bool
     quiet: bool
     again: str              # the command that goes on with it
+    secret: Secret
 
     def native_tools(self) -> tuple[Any, ...]:
         """The tools that the agent's server will be offered, each once."""
@@ -91,17 +94,17 @@ class _Evaluation:
 
     def early(self) -> RunDirectory | None:
         """The run directory, where it can be had, or refused, before the agent is started."""
-        if self.resume and self.out.exists():
-            return RunDirectory.open(self.out, self.config)
-        occupied = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
-        return RunDirectory.create(self.out, self.config) if occupied else None
+        refuse_foreign(self.out)
+        if not (self.out / CONFIG).exists():
+            return None
+        return (RunDirectory.open if self.resume else RunDirectory.create)(self.out, self.config)
 
     def standing(self) -> str:
         """What is there, and how to go on."""
         if not (self.out / "config.json").exists():
             return "nothing was played"
         total, left = len(list(self.config.keys())), len(RunDirectory.read(self.out).missing())
-        return f"{total - left:,} of {total:,} episodes are kept in {self.out}; go on with\n  {self.again}"
+        return f"{total - left:,} of {total:,} episodes are kept in {self.called}; go on with\n  {self.again}"
 
 
 def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
@@ -109,6 +112,7 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
         raise EsplError("name what is played: --env ID (python -m espl_envs list shows all ids)")
     if chosen.out is None:
         raise EsplError("name the run directory: --out DIR")
+    out = chosen.out.absolute()
     door = doors.choose(options.wanted(chosen))
     syntax = chosen.tool_syntax or door.tool_syntax
     given = options.env_arguments(chosen.env_args, chosen.env)
@@ -127,15 +131,20 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
     at_once = plan.concurrency(arenas, chosen.concurrency or door.concurrency)
     again = shlex.join(["espl-eval", *words, *([] if chosen.resume else ["--resume"])])
     limits = Limits(at_once, max_cost=chosen.max_cost)
-    return _Evaluation(door, arenas, config, limits, chosen.out, chosen.resume, chosen.quiet, again)
+    secret = Secret.from_variable(chosen.api_key_env)
+    if secret.held(config.to_json()):
+        raise EsplError(f"the key in {secret.name} stands among the options, too, and would be written to {CONFIG}: "
+                        "leave it out, the environment variable is enough")
+    return _Evaluation(door, arenas, config, limits, out, chosen.out, chosen.resume, chosen.quiet, again, secret)
 
 
 def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:
     _packages()
-    prepared = _prepare(chosen, words)
     try:
-        early = _played(prepared)
-        refused = _results(prepared.out, chosen.allow_faults, chosen.json)
+        with contextlib.redirect_stdout(sys.stderr):        # what an agent prints is no part of the answer
+            prepared = _prepare(chosen, words)
+            early = _played(prepared)
+        refused = _results(prepared.out, chosen.allow_faults, chosen.json, chosen.out)
     except _Ended as problem:
         return _complain(f"{problem}\n{prepared.standing()}", 2)
     except KeyboardInterrupt as stop:
@@ -181,14 +190,14 @@ async def _session(prepared: _Evaluation) -> None:
 async def _play(prepared: _Evaluation, directory: RunDirectory, agent: Agent) -> None:
     there = (episode for episode in directory.episodes(transcripts=False) if episode.score is not None)
     total = len(list(directory.config.keys()))
-    title = f"{prepared.config.agent.name} · {', '.join(env.id for env in prepared.config.envs)} · {prepared.out}"
+    title = f"{prepared.config.agent.name} · {', '.join(env.id for env in prepared.config.envs)} · {prepared.called}"
     with Progress(total, there, title, quiet=prepared.quiet) as progress:
         progress.standing = agent.standing
         if directory.torn:
             progress.warn(f"the last record was cut off ({directory.torn} bytes); its episode is played again")
         beat = asyncio.create_task(progress.beat())
         try:
-            await Runner(directory, prepared.arenas, agent, prepared.limits, progress).run()
+            await Runner(directory, prepared.arenas, agent, prepared.limits, progress, prepared.secret).run()
         except Halted:
             raise
         except EsplError as problem:
@@ -197,8 +206,9 @@ async def _play(prepared: _Evaluation, directory: RunDirectory, agent: Agent) ->
             beat.cancel()
 
 
-def _results(run: Path, allow_faults: bool, as_json: bool) -> str | None:
-    """summary.json and report.html, and the table on stdout; why there is no headline, if there is none."""
+def _results(run: Path, allow_faults: bool, as_json: bool, called: Path | None = None) -> str | None:
+    """summary.json and report.html, and the table on stdout; why there is no headline, if there is none. `called`: the
+    run as the user says it."""
     from espl_envs.evaluate.report import write_report
     from espl_envs.evaluate.summary import summarise
 
@@ -206,7 +216,7 @@ def _results(run: Path, allow_faults: bool, as_json: bool) -> str | None:
     page = write_report(run, allow_faults=allow_faults)
     _show(summary, as_json)
     if not as_json:
-        print(f"report: {page}")
+        print(f"report: {printable(str((called or run) / page.name))}")
     return summary.refused
 
 
@@ -311,7 +321,7 @@ def _signals() -> Iterator[None]:
 
 def _complain(text: str, code: int) -> int:
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{red}espl-eval: {text}{plain}", file=sys.stderr)
+    print(f"{red}espl-eval: {visible(text)}{plain}", file=sys.stderr)
     return code
 
 

@@ -16,6 +16,7 @@ from espl_envs.core.errors import EsplError
 from espl_envs.evaluate.records import EpisodeKey
 
 FORMAT = 1
+MOST_EPISODES = 5_000_000       # their keys are held in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,9 @@ class EvalConfig:
         pairs = [(env.id, env.split) for env in self.envs]
         if twice := sorted({pair for pair in pairs if pairs.count(pair) > 1}):
             raise EsplError(f"{twice[0][0]} ({twice[0][1]}) is named twice: a run evaluates an environment once")
+        if self.expected() > MOST_EPISODES:
+            raise EsplError(f"that makes {self.expected():,} episodes, a run holds {MOST_EPISODES:,} at most: fewer "
+                            "samples (-k), tasks (--limit) or system prompts")
 
     def keys(self, env: EnvConfig | None = None) -> Iterator[EpisodeKey]:
         """Every episode that belongs to the run (or to one of its environments), samples of a task together."""
@@ -134,8 +138,8 @@ class EvalConfig:
         """Whether `other` is this evaluation with more samples or more tasks: what is there already stays valid."""
         if set(self.differences(other)) - {"k", "limit"} - {f"envs.{env.id} ({env.split}).tasks" for env in self.envs}:
             return False
-        pairs = zip(self.envs, other.envs, strict=True)
-        return other.k >= self.k and all(mine.tasks <= theirs.tasks for mine, theirs in pairs)
+        theirs = {(env.id, env.split): env.tasks for env in other.envs}
+        return other.k >= self.k and all(env.tasks <= theirs[env.id, env.split] for env in self.envs)
 
 
 def without_credentials(url: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 from urllib.parse import quote
 
 from espl_envs.core.errors import EsplError
@@ -28,7 +30,10 @@ class Secret:
 
     def __post_init__(self) -> None:
         if len(self.key) >= SHORTEST:
-            forms = {self.key, json.dumps(self.key)[1:-1], self.key.replace("/", "\\/"), quote(self.key, safe="")}
+            quoted = {quote(self.key, safe=""), quote(self.key)}
+            quoted |= {re.sub("%..", lambda code: code[0].lower(), form) for form in quoted}
+            encoded = {json.dumps(self.key)[1:-1], b64encode(self.key.encode()).decode()}
+            forms = {self.key, self.key.replace("/", "\\/"), *encoded, *quoted}
             object.__setattr__(self, "_forms", tuple(sorted(forms, key=len, reverse=True)))
 
     @classmethod
@@ -47,8 +52,20 @@ class Secret:
         """The header that carries it; none where there is no key."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
+    def held(self, text: str) -> bool:
+        """Whether the key stands in a text."""
+        return any(form in text for form in self._forms)
+
+    def hidden_in(self, value: Any) -> Any:
+        """What JSON can hold, without the key in any of its texts."""
+        if isinstance(value, str):
+            return self.hidden(value)
+        if isinstance(value, Mapping):
+            return {self.hidden(str(name)): self.hidden_in(item) for name, item in value.items()}
+        return [self.hidden_in(item) for item in value] if isinstance(value, list) else value
+
     def hidden(self, text: str) -> str:
-        """`text` without the key, also where JSON or a URL escapes it."""
+        """`text` without the key, also where JSON, a URL or base64 writes it."""
         if not self._forms:
             return text
         for form in self._forms:

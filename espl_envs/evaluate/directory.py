@@ -61,11 +61,9 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path, config: EvalConfig) -> Self:
         """A new run. Raises RunError where `path` holds a run already, or anything else."""
-        _refuse_foreign(path)
-        try:
+        refuse_foreign(path)
+        with _on_disk(f"The run directory {path} cannot be made"):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"The run directory {path} cannot be made: {error.strerror}.") from None
         lock = _acquire(path)
         try:
             if (path / CONFIG).exists():
@@ -175,7 +173,7 @@ class RunDirectory:
         if not (self.path / EPISODES).exists():
             return 0
         end = 0
-        with (self.path / EPISODES).open("rb") as file:
+        with _on_disk(f"{self.path / EPISODES} cannot be read"), (self.path / EPISODES).open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     self.torn = len(line)
@@ -195,38 +193,52 @@ def _light(episode: Episode) -> Episode:
 
 def read_config(path: Path) -> EvalConfig:
     """The configuration of the run in `path`. Raises RunError where there is none."""
-    if not path.is_dir():
-        raise RunError(f"There is no run directory {path}.")
-    if not (path / CONFIG).is_file():
-        raise RunError(f"{path} is no run of espl-eval: it has no {CONFIG}.")
+    with _on_disk(f"{path / CONFIG} cannot be read"):
+        if not path.is_dir():
+            raise RunError(f"There is no run directory {path}.")
+        if not (path / CONFIG).is_file():
+            raise RunError(f"{path} is no run of espl-eval: it has no {CONFIG}.")
+        text = (path / CONFIG).read_bytes()
     try:
-        return EvalConfig.from_json((path / CONFIG).read_bytes(), str(path / CONFIG))
+        return EvalConfig.from_json(text, str(path / CONFIG))
     except EsplError as error:
         raise RunError(str(error)) from error
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Replace a file by `text` in one step: a reader, or a crash, finds the old one or the new one."""
+    """Replace a file by `text` in one step: a reader, or a crash, finds the old one or the new one. Raises RunError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with aside.open("wb") as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with _on_disk(f"{path} cannot be written"):
+        with aside.open("wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     return path
 
 
-def _refuse_foreign(path: Path) -> None:
+@contextlib.contextmanager
+def _on_disk(what: str) -> Iterator[None]:
+    """What the file system refuses is a sentence: `what`, and its reason."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what}: {error.strerror or error}.") from error
+
+
+def refuse_foreign(path: Path) -> None:
     """Raises RunError unless `path` is a run, or absent, or empty but for what a start that died leaves behind."""
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file: choose another --out.")
     left_behind = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.\d+\.new").fullmatch
-    if path.is_dir() and not (path / CONFIG).is_file() and not all(left_behind(p.name) for p in path.iterdir()):
+    with _on_disk(f"{path} cannot be used"):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file: choose another --out.")
+        if not path.is_dir() or (path / CONFIG).is_file() or all(left_behind(p.name) for p in path.iterdir()):
+            return
         raise RunError(f"{path} is not empty and is no run of espl-eval: choose another --out.")
 
 
@@ -246,7 +258,8 @@ def _short(value: Any, most: int = 60) -> str:
 
 def _acquire(path: Path) -> int:
     """Lock the directory for this process. The kernel gives it free when the process dies, however it dies."""
-    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with _on_disk(f"{path} cannot be written"):
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -122,13 +122,20 @@ def _majority(parties: tuple[tuple[int, float], ...], abstainers: int, k: int) -
 
 def _draws(parties: Sequence[tuple[int, float]], total: int, k: int) -> list[np.ndarray]:
     """Per party, in order: [draws left, drawn from it] → hypergeometric probability."""
+    log_factorial = np.array([math.lgamma(number + 1) for number in range(total + 1)])
+
+    def log_ways(things: int, chosen: np.ndarray) -> np.ndarray:
+        possible = (chosen >= 0) & (chosen <= things)
+        inside = np.where(possible, chosen, 0)
+        logs = log_factorial[things] - log_factorial[inside] - log_factorial[things - inside]
+        return np.where(possible, logs, -np.inf)
+
     tables, left = [], total
     for size, _ in parties:
-        table = np.zeros((k + 1, min(size, k) + 1))
-        for r in range(min(k, left) + 1):
-            for j in range(min(size, r) + 1):
-                table[r, j] = math.comb(size, j) * math.comb(left - size, r - j) / math.comb(left, r)
-        tables.append(table)
+        r, j = np.arange(k + 1)[:, None], np.arange(min(size, k) + 1)[None, :]
+        all_ways = log_ways(left, r)
+        ways = log_ways(size, j) + log_ways(left - size, r - j)
+        tables.append(np.exp(ways - np.where(np.isfinite(all_ways), all_ways, 0.0)) * (r <= left))
         left -= size
     return tables
 

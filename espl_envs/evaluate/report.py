@@ -154,7 +154,7 @@ def _facts(data: Mapping[str, Any]) -> list[dict[str, str]]:
         "name": "episodes", "value": f"{episodes['scored']:,}",
         "note": f"{episodes['faults']:,} faulted, {episodes['missing']:,} missing" if masked else "all scored",
     })  # fmt: skip
-    if usage["completion_tokens"]["mean"] is not None:
+    if usage["completion_tokens"]["total"]:
         written, read = usage["completion_tokens"], usage["prompt_tokens"]
         note = f"{_short(read['total'])} read" if read["mean"] is not None else ""
         note += f"; {written['unknown']:,} episodes unknown" if written["unknown"] else ""

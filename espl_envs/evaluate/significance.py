@@ -36,8 +36,11 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p of `wins` against `losses` among the tasks on which two runs differ."""
-    count, fewer = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(count, i) for i in range(fewer + 1)) / 2**count)
+    count, ways, below = wins + losses, 1, 0
+    for i in range(min(wins, losses) + 1):
+        below += ways                               # C(count, i), each from the one before
+        ways = ways * (count - i) // (i + 1)
+    return min(1.0, 2 * below / 2**count)
 
 
 def permutation(strata: Sequence[np.ndarray], *key: str) -> float:

@@ -38,7 +38,7 @@ def summary_table(summary: Summary) -> Any:
     table = _table("", "mean", *(f"pass@{k}" for k in _ks(data)), "no answer", "truncated", "agent error", "masked")
     for env in data["envs"]:
         rates = env.get("rates")
-        table.add_row(
+        _row(table, 
             one_line(f"{env['id']} ({env['split']})", 60), interval(env),
             *(share(env.get("pass@k", {}).get(k)) for k in _ks(data)),
             *(share(rates and rates[name]) for name in ("no_answer", "truncated", "agent_error")),
@@ -46,7 +46,7 @@ def summary_table(summary: Summary) -> Any:
         )  # fmt: skip
     usage = data["usage"]
     written, read = usage["completion_tokens"], usage["prompt_tokens"]
-    facts = [f"{counted(written)} tokens written, {counted(read)} read"] if written["mean"] is not None else []
+    facts = [f"{counted(written)} tokens written, {counted(read)} read"] if written["total"] else []
     if usage["cost"] and usage["cost"]["total"] is not None:
         facts.append(money(usage["cost"]["total"], usage["cost"]["currency"]))
     facts.append(f"{data['episodes']['scored']:,} of {data['episodes']['expected']:,} episodes")
@@ -63,7 +63,7 @@ def comparison_table(comparison: Comparison) -> Any:
         difference = f"{pair.difference.mean:+.3f}"
         if pair.difference.low is not None:
             difference += f" [{pair.difference.low:+.3f}, {pair.difference.high:+.3f}]"
-        table.add_row(
+        _row(table, 
             one_line(pair.a, 40), one_line(pair.b, 40), f"{pair.mean_a:.3f}", f"{pair.mean_b:.3f}", difference,
             f"{pair.wins}/{pair.ties}/{pair.losses}", f"{pair.p_adjusted:.3g}",
             text(pair.verdict, VERDICTS[pair.verdict]),
@@ -93,11 +93,11 @@ def leaderboard_table(board: Leaderboard) -> Any:
     text, parts = _rich("text").Text, []
     for one in board.boards:
         table = _table("rank", "agent", "strength", "mean", "tasks")
-        table.title, table.title_justify = one_line(one.title), "left"
+        table.title, table.title_justify = text(one_line(one.title)), "left"
         for place, entry in enumerate(one.standings, 1):
             ranks = f"{place}" + (f" ({entry.ranks[0]}-{entry.ranks[1]})" if entry.ranks else "")
             points = "—" if entry.strength is None else f"{entry.strength:.0f} [{entry.low:.0f}, {entry.high:.0f}]"
-            table.add_row(ranks, one_line(entry.name, 50), points, str(entry.mean), str(entry.mean.tasks))
+            _row(table, ranks, one_line(entry.name, 50), points, str(entry.mean), str(entry.mean.tasks))
         parts.append(table)
     method = "strength: Bradley-Terry with ties over shared tasks; in brackets what 95 % of resamplings give"
     parts.append(text(method, "dim"))
@@ -112,7 +112,7 @@ def regrading_table(regrading: Regrading) -> Any:
         table = _table("episode", "answer", "was", "is")
         for change in regrading.changes[:20]:
             was, now = (f"{o}, {'no score' if s is None else f'{s:g}'}" for o, s in (change.before, change.after))
-            table.add_row(one_line(str(change.key), 60), one_line(change.answer or "", 40), was, now)
+            _row(table, one_line(str(change.key), 60), one_line(change.answer or "", 40), was, now)
         parts.append(table)
     if len(regrading.changes) > 20:
         parts.append(text(f"and {len(regrading.changes) - 20} more, in regrade.json"))
@@ -167,6 +167,12 @@ def _table(*columns: str) -> Any:
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < 1 or column in ("B", "agent", "answer") else "right")
     return table
+
+
+def _row(table: Any, *cells: Any) -> None:
+    """A row of texts as they stand: rich would read `[…]` in what an agent says as markup."""
+    text = _rich("text").Text
+    table.add_row(*(text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _rich(module: str) -> Any:
