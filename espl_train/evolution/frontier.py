@@ -5,6 +5,7 @@ A mean hides a prompt that alone solves what the others do not; the frontier kee
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -37,13 +38,15 @@ class Frontier:
         A prompt is dominated where others are as good on every problem that it is best on. The weakest are looked at
         first; among equals the older.
         """
-        fronts = [front for row in self._seen.values() if (front := _best(row, alive))]
-        count = {prompt: sum(prompt in front for front in fronts) for prompt in alive}
-        for prompt in sorted(alive, key=lambda p: (count[p], p)):
+        living = set(alive)
+        fronts = [front for row in self._seen.values() if (front := _best(row, living))]
+        count = Counter(prompt for front in fronts for prompt in front)
+        for prompt in sorted(count, key=lambda p: (count[p], p)):
             if all(len(front) > 1 for front in fronts if prompt in front):
                 for front in fronts:
                     front.discard(prompt)
-        return {prompt: sum(prompt in front for front in fronts) for prompt in alive}
+        count = Counter(prompt for front in fronts for prompt in front)
+        return {prompt: count[prompt] for prompt in alive}
 
     def to_json(self) -> list[list[Any]]:
         """Plain data: rows of problem, prompt, step, mean."""
@@ -58,7 +61,7 @@ class Frontier:
         return frontier
 
 
-def _best(row: Mapping[str, tuple[int, float]], alive: Collection[str]) -> set[str]:
-    means = {prompt: mean for prompt, (_, mean) in row.items() if prompt in alive}
+def _best(row: Mapping[str, tuple[int, float]], living: set[str]) -> set[str]:
+    means = {prompt: mean for prompt, (_, mean) in row.items() if prompt in living}
     top = max(means.values(), default=0.0)
     return {prompt for prompt, mean in means.items() if mean >= top - ROUNDING}
