@@ -31,15 +31,24 @@ ToolSyntax = Literal["text", "native"]
 
 
 class AgentFailed(EsplError):
-    """The agent raised, hung, or said what is no reply. The episode is an AGENT_ERROR: score 0, with this sentence."""
+    """The agent raised, hung, or said what is no reply. The episode is an AGENT_ERROR: score 0, with this sentence.
+    `calls`: model calls that it had made by then; they are paid for."""
+
+    calls: tuple[TurnUsage, ...] = ()
 
 
 class ContextExceeded(EsplError):
-    """The conversation no longer fits into what the agent can read. The episode is truncated."""
+    """The conversation no longer fits into what the agent can read, or its budget is used up. The episode is truncated.
+    `calls` as in AgentFailed."""
+
+    calls: tuple[TurnUsage, ...] = ()
 
 
 class AgentFault(EnvironmentFault):
-    """The infrastructure of the agent failed, and was tried again where that makes sense. The episode has no score."""
+    """The infrastructure of the agent failed, and was tried again where that makes sense. The episode has no score.
+    `calls` as in AgentFailed."""
+
+    calls: tuple[TurnUsage, ...] = ()
 
 
 class AgentLost(EsplError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from espl_envs.core.errors import EsplError
 from espl_envs.evaluate import builtin
@@ -14,13 +15,15 @@ from espl_envs.evaluate.callables import CallableDoor
 from espl_envs.evaluate.config import Prices
 from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.endpoint import EndpointDoor, Limits, Sampling
+from espl_envs.evaluate.proxy import Budget
 
 WAYS = "--agent package.module:name, --base-url URL --model NAME, --command '…', --run RUN or --model FOLDER"
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The part of the command line that concerns the agent. `concurrency` None: what suits the door."""
+    """The part of the command line that concerns the agent. `concurrency` None: what suits the door; `budget`: of one
+    episode of a command; `out`: the run directory."""
 
     agent: str | None = None
     base_url: str | None = None
@@ -34,6 +37,8 @@ class Wanted:
     timeout: float = 600.0
     retry: float = 300.0
     concurrency: int | None = None
+    budget: Budget = field(default_factory=Budget)
+    out: Path | None = None
 
     @property
     def limits(self) -> Limits:
@@ -49,6 +54,11 @@ def choose(wanted: Wanted) -> Door:
     if len(named) > 1 or (named in (["--agent"], ["--run"]) and (wanted.base_url or wanted.model)):
         others = [*named, *(["--base-url"] if wanted.base_url else []), *(["--model"] if wanted.model else [])]
         raise EsplError(f"{' and '.join(others)} name more than one agent: choose one")
+    if wanted.prompt is not None and wanted.run is None:
+        raise EsplError("--prompt chooses among the prompts of --run RUN; a prompt of your own is --system-prompt FILE")
+    if wanted.command is None and wanted.budget.to_dict():
+        raise EsplError("--episode-calls, --episode-tokens and --episode-cost are for --command: other agents make one "
+                        "call per turn, which the environment limits")
     if wanted.agent is not None:
         _without_sampling(wanted)
         return _in_python(wanted.agent, wanted)

@@ -14,10 +14,11 @@ import json
 import os
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from espl_envs.core.errors import EsplError, MissingExtra
@@ -34,6 +35,8 @@ from espl_envs.evaluate.wire import Completion, Unreadable, from_wire, to_wire, 
 if TYPE_CHECKING:
     import aiohttp
     import tenacity
+
+T = TypeVar("T")
 
 MAX_BODY = 64 << 20
 CONNECT_S = 20.0
@@ -57,6 +60,10 @@ class Sampling:
         """What was asked for, for config.json."""
         known = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seeded": self.seeded or None}
         return {name: value for name, value in {**known, **self.more}.items() if value is not None}
+
+    def fields(self) -> dict[str, Any]:
+        """What was asked for, as fields of a request."""
+        return {name: value for name, value in self.to_dict().items() if name != "seeded"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,26 +156,63 @@ class Endpoint:
 
     async def _reply(self, body: dict[str, Any], seed: int, urgent: bool) -> Reply:
         try:
-            said, seconds = await self._completed(body, seed, urgent)
+            said, seconds = await self.completed(body, seed, urgent)
         except ContextExceeded:
             if self._limit_name not in body:
                 raise
             # What is left of the context is less than was asked for: the server's own limit is just that.
             shorter = {name: value for name, value in body.items() if name != self._limit_name}
-            said, seconds = await self._completed(shorter, seed, urgent)
+            said, seconds = await self.completed(shorter, seed, urgent)
+        return as_reply(Reply(said.message, (self.usage(said, seconds),)))
+
+    def usage(self, said: Completion, seconds: float) -> TurnUsage:
+        """What a completion took; its cost by the price table, else by the server's own bill."""
         prices = self.door.prices
         cost = prices.cost(said.prompt_tokens, said.completion_tokens) if prices else said.cost
-        usage = TurnUsage(
+        return TurnUsage(
             said.prompt_tokens, said.completion_tokens, 0, seconds, cost, said.finish_reason, said.reasoning
         )
-        return as_reply(Reply(said.message, (usage,)))
 
-    async def _completed(self, body: Mapping[str, Any], seed: int, urgent: bool) -> tuple[Completion, float]:
+    async def completed(self, body: Mapping[str, Any], seed: int, urgent: bool) -> tuple[Completion, float]:
         """Ask until there is an answer; it, and the seconds that it took itself. Raises EndpointFault when what should
         pass does not, AgentLost, ContextExceeded, AgentFailed."""
+        data = json.dumps(body).encode()
+        return await self._again(partial(self._attempt, data, urgent), seed)
+
+    @asynccontextmanager
+    async def streamed(self, body: Mapping[str, Any], seed: int) -> AsyncIterator[aiohttp.StreamReader]:
+        """An answer as it comes. Until it begins, everything is as in `completed`; where it breaks off, EndpointFault:
+        what was read of it cannot be taken back."""
+        data = json.dumps(body).encode()
+        async with self.pace.slot(urgent=True) as began:
+            response = await self._again(partial(self._begun, data, began), seed)
+            try:
+                with self._explained():
+                    yield response.content
+                self.pace.answered(began, None)
+            except Passing as problem:
+                raise EndpointFault(f"{problem} (in the middle of an answer)") from None
+            finally:
+                response.close()
+
+    async def _begun(self, data: bytes, began: float) -> aiohttp.ClientResponse:
+        url = f"{self.door.base_url}/chat/completions"
+        with self._explained():
+            response = await self._session.post(url, data=data, allow_redirects=False)
+            if response.status == 200:
+                return response
+            async with response:
+                text = self.door.secret.hidden((await response.content.read(MAX_BODY)).decode("utf-8", "replace"))
+        problem = explain(self._asked, response.status, response.headers, text)
+        if isinstance(problem, Passing):
+            self.pace.pushed_back(began)
+        raise problem
+
+    async def _again(self, attempt: Callable[[], Awaitable[T]], seed: int) -> T:
+        """`attempt` until it is not Passing. Raises EndpointFault when patience ends."""
         import tenacity
 
-        data, began = json.dumps(body).encode(), time.monotonic()
+        began = time.monotonic()
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Passing),
             stop=tenacity.stop_before_delay(self.door.limits.retry_s),
@@ -176,7 +220,7 @@ class Endpoint:
             reraise=True,
         )
         try:
-            return await again(self._attempt, data, urgent)
+            return await again(attempt)
         except Passing as problem:
             raise EndpointFault(f"{problem} (given up after {time.monotonic() - began:.0f} s)") from None
 
@@ -208,10 +252,8 @@ class Endpoint:
     async def _fetch(self, method: str, path: str, data: bytes | None = None) -> tuple[int, Mapping[str, str], str]:
         """Status, headers and body of one request, without the key. Raises Passing where there is no answer and
         AgentFailed for one that is endless."""
-        import aiohttp
-
         url, size, parts = self.door.base_url + path, 0, []
-        try:
+        with self._explained():
             async with self._session.request(method, url, data=data, allow_redirects=False) as response:
                 async for part in response.content.iter_any():
                     parts.append(part)
@@ -220,6 +262,14 @@ class Endpoint:
                         raise AgentFailed(f"the reply of {self.door.model} is longer than {MAX_BODY >> 20} MB")
                 text = b"".join(parts).decode("utf-8", "replace")
                 return response.status, response.headers, self.door.secret.hidden(text)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong with a connection, as Passing."""
+        import aiohttp
+
+        try:
+            yield
         except aiohttp.ConnectionTimeoutError:
             raise Passing(f"{UNREACHABLE} {self.door.base_url}: it does not take connections") from None
         except TimeoutError:

@@ -15,6 +15,7 @@ from espl_envs.evaluate.credentials import VARIABLE, Secret
 from espl_envs.evaluate.doors import Wanted
 from espl_envs.evaluate.endpoint import Sampling
 from espl_envs.evaluate.plan import splits
+from espl_envs.evaluate.proxy import Budget
 
 RESERVED = frozenset({"model", "messages", "tools", "stream", "seed", "n"})
 EXAMPLES = """\
@@ -91,6 +92,9 @@ def parser() -> Parser:
     limits.add_argument("--retry", metavar="S", type=_seconds, default=300.0,
                         help="seconds for which a request that fails is tried again (300)")
     limits.add_argument("--max-cost", metavar="X", type=_amount, help="of the whole run directory; needs --price")
+    limits.add_argument("--episode-calls", metavar="N", type=_positive, help="model calls of a --command per episode")
+    limits.add_argument("--episode-tokens", metavar="N", type=_positive, help="tokens of a --command per episode")
+    limits.add_argument("--episode-cost", metavar="X", type=_amount, help="money of a --command per episode")
     limits.add_argument("--allow-faults", action="store_true", help="a headline also with more than 1 %% of faults")
     out = made.add_argument_group("results")
     out.add_argument("--out", metavar="DIR", type=Path, help="the run directory")
@@ -113,6 +117,8 @@ def wanted(options: argparse.Namespace) -> Wanted:
         timeout=options.timeout,
         retry=options.retry,
         concurrency=options.concurrency,
+        budget=Budget(options.episode_calls, options.episode_tokens, options.episode_cost),
+        out=options.out,
     )  # fmt: skip
 
 

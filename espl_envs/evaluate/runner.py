@@ -271,11 +271,14 @@ class Runner:
                     if self.purse.empty:
                         raise _Unpaid
                     asked = time.monotonic()
-                    reply = await act(play.messages)
+                    try:
+                        reply = await act(play.messages)
+                    except (AgentFailed, AgentFault, ContextExceeded) as problem:
+                        play.turns += problem.calls
+                        self._pay(problem.calls)
+                        raise
                     play.said(reply, time.monotonic() - asked)
-                    for call in reply.calls:
-                        self._watcher.paid(call)
-                        self.purse.pay(call.cost)
+                    self._pay(reply.calls)
                     play.stepped(await _of_env(env.astep(reply.message)))
         except AgentFailed as failed:
             error = str(failed)
@@ -284,6 +287,11 @@ class Runner:
         except ContextExceeded as exceeded:
             return Outcome.TRUNCATED, str(exceeded)
         return play.outcome(), error
+
+    def _pay(self, calls: Sequence[TurnUsage]) -> None:
+        for call in calls:
+            self._watcher.paid(call)
+            self.purse.pay(call.cost)
 
 
 def order(config: EvalConfig, keys: Sequence[EpisodeKey]) -> list[EpisodeKey]:

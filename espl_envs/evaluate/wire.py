@@ -22,7 +22,8 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a server answered. Counts are None where it did not say; `cost` is its own bill, if it sends one."""
+    """What a server answered. Counts are None where it did not say; `cost` is its own bill, if it sends one; `raw` the
+    answer itself."""
 
     message: Message
     reasoning: str
@@ -30,6 +31,7 @@ class Completion:
     prompt_tokens: int | None
     completion_tokens: int | None
     cost: float | None
+    raw: Any = None
 
 
 def to_wire(messages: Conversation) -> list[dict[str, Any]]:
@@ -90,6 +92,7 @@ def from_wire(answer: Any) -> Completion:
         _count(usage.get("prompt_tokens")),
         _count(usage.get("completion_tokens")),
         _amount(usage.get("cost")),
+        answer,
     )
 
 
@@ -115,3 +118,57 @@ def _count(value: Any) -> int | None:
 def _amount(value: Any) -> float | None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 <= value < float("inf") else None
+
+
+class Pieces:
+    """A streamed answer, put together from its events."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, list[str]] = {}
+        self._calls: dict[int, dict[str, Any]] = {}
+        self._finish, self._usage = "", None
+
+    def read(self, event: str) -> bool:
+        """Take in one event; False for one that only says what the answer took."""
+        data = "\n".join(line[5:].lstrip(" ") for line in event.splitlines() if line.startswith("data:"))
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            return True                     # [DONE], a comment
+        if not isinstance(chunk, Mapping):
+            return True
+        self._usage = chunk.get("usage") or self._usage
+        choices = chunk.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
+            return not chunk.get("usage")
+        self._finish = _text(choices[0].get("finish_reason")) or self._finish
+        delta = choices[0].get("delta")
+        if isinstance(delta, Mapping):
+            self._add(delta)
+        return True
+
+    def to_answer(self) -> dict[str, Any]:
+        """The answer as it would have been in one piece. Lists of calls are in the order of their indices."""
+        message: dict[str, Any] = {"role": "assistant", **{name: "".join(t) for name, t in self._texts.items()}}
+        if self._calls:
+            message["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
+        choice = {"index": 0, "message": message, "finish_reason": self._finish or None}
+        return {"object": "chat.completion", "choices": [choice], "usage": self._usage}
+
+    def _add(self, delta: Mapping[str, Any]) -> None:
+        for name in ("content", "refusal", *REASONING):
+            if text := _text(delta.get(name)):
+                self._texts.setdefault(name, []).append(text)
+        for piece in delta.get("tool_calls") or ():
+            if not isinstance(piece, Mapping):
+                continue
+            function = piece.get("function")
+            function = function if isinstance(function, Mapping) else {}
+            index = piece.get("index")
+            call = self._calls.setdefault(
+                index if isinstance(index, int) else len(self._calls),
+                {"id": "", "type": "function", "function": {"name": "", "arguments": ""}},
+            )
+            call["id"] = _text(piece.get("id")) or call["id"]
+            call["function"]["name"] += _text(function.get("name"))
+            call["function"]["arguments"] += _text(function.get("arguments"))

@@ -1,0 +1,104 @@
+"""A program as an agent: its words, its life as a process group, what it printed last."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from espl_envs.core.errors import EsplError
+from espl_envs.evaluate.agents import AgentFailed
+
+PRINTED = 64 << 10          # bytes kept of what a program prints
+COMPLAINT = 4 << 10         # bytes kept of its standard error
+DRAIN_S = 5.0               # for output that is still in the pipes when it has ended
+
+
+@dataclass(eq=False)
+class Program:
+    """The command at work."""
+
+    process: asyncio.subprocess.Process
+    printed: asyncio.Task[bytes]
+    complaint: asyncio.Task[bytes]
+
+    @classmethod
+    async def start(cls, words: Sequence[str], folder: Path, env: Mapping[str, str]) -> Program:
+        """In a process group of its own. Raises AgentFailed where it cannot be run."""
+        printed, out = await _pipe(PRINTED)
+        complaint, err = await _pipe(COMPLAINT)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *words, cwd=folder, env=dict(env), stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=err,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as problem:
+            raise AgentFailed(f"the command cannot be run: {problem}") from problem
+        finally:
+            os.close(out)
+            os.close(err)
+        return cls(process, printed, complaint)
+
+    async def end(self) -> tuple[bytes, bytes]:
+        """Kill what is left of its group; what it printed last, on both channels. Who left the group may still hold the
+        pipes: nobody waits long for them."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
+        reading = {self.printed, self.complaint}
+        done, pending = await asyncio.wait(reading, timeout=DRAIN_S)
+        for task in pending:
+            task.cancel()
+        printed, complaint = (task.result() if task in done else b"" for task in (self.printed, self.complaint))
+        return printed, complaint
+
+
+def words_of(command: str) -> list[str]:
+    """The command as words. It runs in a folder of its own, so words that name files here become absolute."""
+    try:
+        words = shlex.split(command)
+    except ValueError as problem:
+        raise EsplError(f"--command {command!r} cannot be read: {str(problem).lower()}") from None
+    if not words:
+        raise EsplError('--command is empty, expected a program, as in --command "my-agent {task_file}"')
+    program = shutil.which(words[0])
+    if program is None:
+        raise EsplError(f"--command: there is no program {words[0]!r}")
+    arguments = [str(Path(word).absolute()) if Path(word).exists() else word for word in words[1:]]
+    return [str(Path(program).absolute()), *arguments]      # not resolved: a virtual environment's python is a link
+
+
+async def _pipe(most: int) -> tuple[asyncio.Task[bytes], int]:
+    """What will be written into a pipe, its last `most` bytes, and the end to write to. asyncio's own pipes would not
+    do: with them a process has not ended before everybody has who holds them."""
+    reading, writing = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", 0)
+    )
+    return asyncio.create_task(_tail(reader, transport, most)), writing
+
+
+async def _tail(stream: asyncio.StreamReader, transport: asyncio.BaseTransport, most: int) -> bytes:
+    """The last `most` bytes of a stream, however long it is."""
+    kept = bytearray()
+    try:
+        while piece := await stream.read(1 << 16):
+            kept += piece
+            del kept[:-most]
+    finally:
+        transport.close()
+    return bytes(kept)
+
+
+def ended(code: int) -> str:
+    if code < 0:
+        with suppress(ValueError):
+            return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with code {code}"

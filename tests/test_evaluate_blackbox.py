@@ -1,0 +1,251 @@
+"""An agent that is a program: the same scores as by the other doors, every call on record, nothing lost when it fails.
+
+Programs are small Python scripts that know nothing of this package: they read their task file, speak HTTP, and print.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluate_kit import ADD, MODEL, PATIENT, TOOLS, Scripted, completion, error, play, serving, sum_in
+from test_evaluate_endpoint import after_hello
+
+from espl_envs.core.messages import Message, ToolCall
+from espl_envs.evaluate import doors, proxy
+from espl_envs.evaluate.agents import Reply
+from espl_envs.evaluate.cli import main
+from espl_envs.evaluate.config import Prices
+from espl_envs.evaluate.credentials import Secret
+from espl_envs.evaluate.doors import Wanted
+from espl_envs.evaluate.endpoint import EndpointDoor
+from espl_envs.evaluate.proxy import Budget
+from espl_envs.evaluate.records import Episode, Outcome
+
+HEAD = """\
+import json, os, re, sys, urllib.request
+task = json.load(open(sys.argv[1]))
+asked = next(m["content"] for m in task["messages"] if m["role"] == "user")
+a, b = map(int, re.search(r"(\\d+) \\+ (\\d+)", asked).groups())
+
+def post(url, body, **headers):
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", **headers}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    return urllib.request.urlopen(request).read().decode()
+
+def chat(**more):
+    body = {"model": "whatever", "messages": task["messages"], **more}
+    key = "Bearer " + os.environ["OPENAI_API_KEY"]
+    return post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, Authorization=key)
+
+def tool(name, **arguments):
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
+    return json.loads(post(task["mcp_url"], body))["result"]
+"""
+ASK = 'print(json.loads(chat())["choices"][0]["message"]["content"])'
+
+
+def program(tmp_path: Path, body: str) -> str:
+    """The command that runs this script."""
+    file = tmp_path / "agent.py"
+    file.write_text(HEAD + textwrap.dedent(body))
+    return f"{sys.executable} -S -E {file} {{task_file}}"
+
+
+def run(tmp_path: Path, body: str, *envs: str, limit: int = 1, **wanted: Any) -> list[Episode]:
+    door = doors.choose(Wanted(command=program(tmp_path, body), **wanted))
+    return play(tmp_path / "run", door, *(envs or (ADD,)), limit=limit)
+
+
+def answer_of(a: int, result: int) -> str:
+    """What the scripted agent makes of the sum: wrong for every third task."""
+    return f"\\boxed{{{result + (a % 3 == 0)}}}"
+
+
+def test_the_same_agent_scores_the_same_by_every_door(tmp_path: Path) -> None:
+    async def scripted(messages: Any, _: Any) -> Reply:
+        a = int(messages[-1 if messages[-1].role == "user" else -3].content.split()[2])
+        if messages[-1].role == "tool":
+            return Reply(Message("assistant", answer_of(a, int(messages[-1].content))))
+        return Reply(Message("assistant", "", (ToolCall("c", "add", json.dumps({"a": a, "b": a})),)))
+
+    def served(body: dict[str, Any], _: int) -> Any:
+        a = int(next(m for m in body["messages"] if m["role"] == "user")["content"].split()[2])
+        if body["messages"][-1]["role"] == "tool":
+            return completion(answer_of(a, int(body["messages"][-1]["content"])))
+        function = {"name": "add", "arguments": json.dumps({"a": a, "b": a})}
+        return completion(None, tool_calls=[{"id": "c", "type": "function", "function": function}])
+
+    by_python = play(tmp_path / "a", Scripted(scripted, tool_syntax="native"), TOOLS)
+    with serving(after_hello(served)) as server:
+        by_server = play(tmp_path / "b", EndpointDoor(server.url, MODEL, Secret()), TOOLS)
+    by_command = run(tmp_path, """
+        result = int(tool("add", a=a, b=b)["content"][0]["text"])
+        print("thinking aloud")
+        print("\\\\boxed{%d}" % (result + (a % 3 == 0)))
+    """, TOOLS, limit=10)  # fmt: skip
+    scores = [episode.score for episode in by_python]
+    assert scores == [episode.score for episode in by_server] == [episode.score for episode in by_command]
+    assert 0.0 in scores and 1.0 in scores and len(scores) == 10
+    assert [e.tool_calls for e in by_python] == [e.tool_calls for e in by_server] == [e.tool_calls for e in by_command]
+
+
+def test_every_call_is_recorded_and_the_real_key_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-a-very-secret-key")
+    leak = 'open(task["answer_file"], "w").write(json.loads(chat())["choices"][0]["message"]["content"]); ' \
+           'print({k: v for k, v in os.environ.items() if "KEY" in k}, file=sys.stderr); print(os.environ)'
+    with serving(after_hello(lambda body, _: sum_in(body["messages"]))) as server:
+        episodes = run(tmp_path, leak, limit=3, base_url=server.url, model=MODEL, out=tmp_path / "run",
+                       secret=Secret.from_variable("MY_KEY"), prices=Prices(1e6, 0))  # fmt: skip
+        assert set(server.keys) == {"Bearer sk-a-very-secret-key"}
+        assert {body["model"] for body in server.requests} == {MODEL}
+    assert [episode.score for episode in episodes] == [1.0] * 3
+    assert [(e.prompt_tokens, e.completion_tokens, e.cost) for e in episodes] == [(11, 7, 11.0)] * 3
+    records = [json.loads(line) for line in (tmp_path / "run" / proxy.CALLS).read_text().splitlines()]
+    assert sorted(record["task"] for record in records) == [0, 1, 2]
+    for record in records:
+        assert record["request"]["messages"][-1]["role"] == "user"
+        assert record["response"]["usage"]["prompt_tokens"] == 11
+    assert not any(b"sk-a-very" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+
+
+def test_streams_pass_through_and_are_counted(tmp_path: Path) -> None:
+    from aiohttp import web
+
+    def streamed(body: dict[str, Any], _: int) -> Any:
+        assert body["stream"] and body["stream_options"] == {"include_usage": True}
+        chunks: list[Any] = [{"choices": [{"delta": {"content": part}}]} for part in ("\\bo", "xed{", "50}")]
+        chunks += [{"choices": [{"delta": {}, "finish_reason": "stop"}]},
+                   {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}]
+        text = "".join(f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks) + "data: [DONE]\n\n"
+        return web.Response(body=text.encode(), content_type="text/event-stream")
+
+    with serving(after_hello(streamed)) as server:
+        [episode] = run(tmp_path, """
+            events = [line[6:] for line in chat(stream=True).splitlines() if line.startswith("data: ")]
+            assert events.pop() == "[DONE]" and not any("usage" in event for event in events), events
+            print("".join(json.loads(e)["choices"][0]["delta"].get("content", "") for e in events))
+        """, base_url=server.url, model=MODEL)  # fmt: skip
+    assert episode.score == 1.0 and (episode.prompt_tokens, episode.completion_tokens) == (5, 3)
+    assert episode.turns[-1].finish_reason == "stop"
+
+
+def test_what_passes_is_tried_again_and_what_stays_is_a_fault(tmp_path: Path) -> None:
+    def flaky(body: dict[str, Any], number: int) -> Any:
+        return error(429, "later", Retry_After="0") if number == 2 else sum_in(body["messages"])
+
+    with serving(flaky) as server:
+        [episode] = run(tmp_path, ASK, base_url=server.url, model=MODEL)
+        assert episode.score == 1.0 and len(server.requests) == 3
+    down = after_hello(lambda *_: error(503, "the GPU is gone"))
+    undaunted = f"try:\n    {ASK}\nexcept Exception:\n    print('\\\\boxed{{50}}')"
+    with serving(down) as server:
+        door = doors.choose(
+            Wanted(command=program(tmp_path, undaunted), base_url=server.url, model=MODEL, retry=0.05)
+        )
+        [fault] = play(tmp_path / "down", door, ADD, limit=1)
+    assert fault.outcome is Outcome.FAULT and fault.score is None and "the GPU is gone" in str(fault.error)
+
+
+def test_budgets_truncate_and_a_program_may_still_answer(tmp_path: Path) -> None:
+    greedy = "for _ in range(9): text = chat()\nprint(text)"
+    wise = f"{ASK}\ntry:\n    chat()\nexcept Exception as e: print(e.code, e.read(), file=sys.stderr)"
+    with serving(after_hello(lambda body, _: sum_in(body["messages"]))) as server:
+        model: dict[str, Any] = {"base_url": server.url, "model": MODEL}
+        [episode] = run(tmp_path, greedy, budget=Budget(calls=2), **model)
+        assert episode.outcome is Outcome.TRUNCATED and episode.score == 0.0 and episode.prompt_tokens == 22
+        assert "budget of 2 model calls is used up" in str(episode.error)
+        (tmp_path / "two").mkdir()
+        [episode] = run(tmp_path / "two", wise, budget=Budget(tokens=18), **model)
+        assert episode.outcome is Outcome.ANSWERED and episode.score == 1.0
+        (tmp_path / "three").mkdir()
+        [episode] = run(tmp_path / "three", greedy, budget=Budget(cost=25.0), prices=Prices(1e6, 0), **model)
+        assert episode.outcome is Outcome.TRUNCATED and episode.cost == 33.0
+
+
+BAD: list[tuple[str, str, Outcome, str]] = [
+    ("exit 1", "print('\\\\boxed{50}'); sys.exit('no luck')", Outcome.AGENT_ERROR, "ended with code 1: no luck"),
+    ("killed", "os.kill(os.getpid(), 9)", Outcome.AGENT_ERROR, "was killed by SIGKILL"),
+    ("hangs", "import time; time.sleep(60)", Outcome.AGENT_ERROR, "did not come to an end within 0.5 s"),
+    ("silent", "pass", Outcome.NO_ANSWER, ""),
+    ("endless", "sys.stdout.write('x' * 10_000_000); print('\\\\boxed{50}')", Outcome.ANSWERED, ""),
+    ("large file", "open(task['answer_file'], 'w').write('x' * 10_000_000)", Outcome.AGENT_ERROR, "more than 2,000"),
+    ("no text", "sys.stdout.buffer.write(b'\\xff\\xfe \\\\boxed{50}')", Outcome.ANSWERED, ""),
+    ("no file", "os.mkdir(task['answer_file'])", Outcome.NO_ANSWER, ""),
+]
+
+
+@pytest.mark.parametrize("body, outcome, sentence", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_whatever_a_program_does_is_an_outcome(tmp_path: Path, body: str, outcome: Outcome, sentence: str) -> None:
+    [episode] = run(tmp_path, body, timeout=0.5 if "sleep" in body else 60.0)
+    assert episode.outcome is outcome and sentence in str(episode.error or "") and "\n" not in str(episode.error)
+    assert episode.score == (1.0 if outcome is Outcome.ANSWERED else 0.0)
+    assert (tmp_path / "run/episodes.jsonl").stat().st_size < 200_000
+
+
+def test_children_are_killed_and_folders_are_removed(tmp_path: Path) -> None:
+    body = f"""
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(300)"])
+        open({str(tmp_path / "child")!r}, "w").write(f"{{child.pid}} {{os.getcwd()}}")
+        print("\\\\boxed{{50}}")
+    """
+    [episode] = run(tmp_path, body)
+    pid, folder = (tmp_path / "child").read_text().split()
+    assert episode.score == 1.0 and episode.seconds < 30 and not Path(folder).exists()
+    assert not alive(int(pid))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_the_mutant_that_kills_the_program_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "killpg", os.kill)
+    monkeypatch.setattr("espl_envs.evaluate.program.DRAIN_S", 0.1)
+    with pytest.raises(AssertionError):
+        test_children_are_killed_and_folders_are_removed(tmp_path)
+    os.kill(int((tmp_path / "child").read_text().split()[0]), 9)
+
+
+def test_the_reference_answer_is_not_told(tmp_path: Path) -> None:
+    [episode] = run(tmp_path, f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps([task, dict(os.environ)]))")
+    assert episode.reference == "50" and "50" not in (tmp_path / "seen").read_text().replace(str(tmp_path), "")
+
+
+def test_a_partner_that_asks_on_runs_the_program_again(tmp_path: Path) -> None:
+    body = "print('\\\\boxed{50}' if len(task['messages']) > 3 else 'let me think')"
+    [episode] = run(tmp_path, body, PATIENT)
+    assert episode.score == 1.0 and [m.role for m in episode.messages[-3:]] == ["assistant", "user", "assistant"]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--command", "no-such-program {task_file}"], "there is no program 'no-such-program'"),
+    (["--command", "echo 'half"], "no closing quotation"),
+    (["--command", ""], "--command is empty"),
+    (["--command", "true", "--model", "x"], "--base-url and --model together"),
+    (["--command", "true", "--episode-calls", "3"], "the proxy keeps an episode's budget"),
+    (["--agent", "random", "--episode-calls", "3"], "are for --command"),
+    (["--agent", "random", "--prompt", "root"], "--prompt chooses among the prompts of --run"),
+    (["--command", "true", "--run", "x"], "name more than one agent"),
+])  # fmt: skip
+def test_a_wrong_command_is_one_sentence(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--env", ADD, *words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
