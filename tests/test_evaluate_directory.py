@@ -234,6 +234,14 @@ def test_what_the_file_system_refuses_is_a_sentence(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path / "run", CONFIG)
 
 
+def test_what_an_agent_forked_does_not_keep_the_directory(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", CONFIG) as run:
+        assert run._lock is not None
+        inherited = os.dup(run._lock)
+    RunDirectory.open(tmp_path / "run").close()
+    os.close(inherited)
+
+
 def test_environments_grow_in_whatever_order_they_are_named(tmp_path: Path) -> None:
     many, few = (replace(CONFIG.envs[0], id=f"x/{size}-v0", tasks=size, size=size) for size in (9, 3))
     RunDirectory.create(tmp_path / "run", other(envs=(many, few), limit=None)).close()

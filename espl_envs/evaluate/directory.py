@@ -159,6 +159,7 @@ class RunDirectory:
         with self._guard:
             os.fsync(self._file)
             os.close(self._file)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)      # also where a process that an agent forked still holds it
             os.close(self._lock)
             self._lock = None
 
