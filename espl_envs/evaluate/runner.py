@@ -354,8 +354,7 @@ def _record(
 
 def _without(secret: Secret, episode: Episode) -> Episode:
     """The episode as it may be written down: an agent that reads the key may say it, or raise it."""
-    line = episode.to_json()
-    if not secret.held(line):
+    if not secret.key or not secret.held(line := episode.to_json()):
         return episode
     said = ("answer", "error", "reference", "info", "messages", "turns")
     record = json.loads(line)
