@@ -24,12 +24,17 @@ def overlaps(config: Config, engine: Engine, device: str) -> bool:
     `auto` leaves it on GPUs: a step of decoding leaves most of a GPU idle, and an update waits for nothing. On a CPU
     both are made of the same threads, and two teams of them on the same cores slow each other down.
     """
-    if config.overlap == "on" and not engine.concurrent:
+    check(config, engine.concurrent)
+    return config.overlap == "on" or (config.overlap == "auto" and engine.concurrent and not device.startswith("cpu"))
+
+
+def check(config: Config, concurrent: bool) -> None:
+    """Raises EsplError where overlap is asked for and the engine is not `concurrent`."""
+    if config.overlap == "on" and not concurrent:
         raise EsplError(
             f"overlap is 'on', but the engine '{config.engine.kind}' cannot sample while the learner works under these "
             "settings (learner.mode full shares its weights, engine.pause puts vLLM to sleep): use --overlap auto"
         )
-    return config.overlap == "on" or (config.overlap == "auto" and engine.concurrent and not device.startswith("cpu"))
 
 
 @contextmanager

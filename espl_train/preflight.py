@@ -84,6 +84,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     from espl_train.learner.loading import load_tokenizer, locate, pick_device
     from espl_train.learner.losses import LOSSES, NORMALISATIONS
     from espl_train.learner.naming import choose
+    from espl_train.overlap import check as check_overlap
 
     choose(LOSSES, config.learner.loss, "learner.loss")
     choose(NORMALISATIONS, config.learner.normalise, "learner.normalise")
@@ -91,6 +92,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     device = pick_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     settings = AutoConfig.from_pretrained(locate(config.model.path), revision=config.model.revision)
+    check_overlap(config, choice.concurrent(config, device.type))
     engine, room = choice.inspect(config, settings), choice.context_of(config, settings)
     if config.rollout.max_new_tokens >= room:
         raise EsplError(

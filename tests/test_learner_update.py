@@ -205,6 +205,9 @@ def test_bf16_weights_learn_through_fp32_masters_and_resume():
     straight, resumed = fresh(), fresh()
     before = straight._masters[0].clone()
     straight.update(random_groups(0))
+    foreign = {**straight.state_dict(), "masters": []}                        # as fp32 weights have it
+    resumed.load_state_dict(foreign)
+    assert same(resumed._masters, [w.float() for w in straight._weights])
     assert 0 < float((straight._masters[0] - before).abs().max()) < 1e-4      # below bf16's resolution at most weights
     resumed.load_state_dict(straight.state_dict())
     for step in (1, 2):
@@ -212,6 +215,31 @@ def test_bf16_weights_learn_through_fp32_masters_and_resume():
         resumed.update(random_groups(step))
     assert same(straight._masters, resumed._masters)
     assert same(list(straight.policy.state().values()), list(resumed.policy.state().values()))
+
+
+def test_who_samples_beside_an_update_never_finds_new_weights_under_the_old_version(monkeypatch):
+    """Not even between the step and its report, where several ranks wait for each other."""
+    who, seen = learner(), []
+
+    def weights(version):
+        with who.policy.sampling_weights(version) as model:
+            return [p.detach().clone() for p in model.parameters()]
+
+    before, merge = weights(0), type(who.ranks).merge
+    monkeypatch.setattr(type(who.ranks), "merge", lambda self, tally: (seen.extend(weights(0)), merge(self, tally)))
+    assert who.update(random_groups(0)).skipped is None
+    assert same(seen, before) and not same(weights(1), before)
+
+
+def test_an_optimiser_without_room_names_its_share_and_the_knobs(monkeypatch):
+    who = learner(mode="full")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(who.optimizer, "step", full)
+    with pytest.raises(EsplError, match=r"optimiser's step \(2\.00 GiB more were .*--learner\.mode lora"):
+        who.update(random_groups(0))
 
 
 def test_warm_up_raises_the_rate_linearly_and_skipped_updates_do_not_count():

@@ -53,6 +53,7 @@ def test_the_plan_counts_what_would_happen(model: Path) -> None:
         ({"learner__loss": "pppo"}, "learner.loss is 'pppo'; did you mean 'ppo'"),
         ({"learner__baseline": "x"}, "learner.baseline"),
         ({"learner__normalise": "x"}, "learner.normalise"),
+        ({"overlap": "on", "learner__mode": "full"}, "overlap is 'on', but .*learner.mode full shares its weights"),
         ({"model__device": "cuda:77"}, "model.device is 'cuda:77'"),
         ({"rollout__max_new_tokens": 2048, "rollout__max_total_tokens": 2048}, "reads 2048 tokens in all"),
     ],

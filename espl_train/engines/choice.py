@@ -48,6 +48,13 @@ def inspect(config: Config, settings: Any) -> str:
     return f"{config.engine.kind}, {config.engine.slots} sequences at once"
 
 
+def concurrent(config: Config, device: str) -> bool:
+    """Whether the engine will sample while the learner works: `Engine.concurrent` before there is one."""
+    if config.engine.kind == "vllm":
+        return device != "cuda" or config.engine.pause == "keep"
+    return config.learner.mode == "lora"
+
+
 def _vllm_problems(config: Config) -> Iterator[str]:
     from espl_train.engines.vllm_core import installed, rank_served
 

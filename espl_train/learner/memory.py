@@ -86,17 +86,31 @@ def compared(need: float, there: int, ids: int) -> str:
 
 def explained(error: OutOfMemory, device: torch.device, ids: int, checkpointing: bool) -> EsplError:
     """What to change where not even one sequence fits, and by how much memory it failed."""
-    there = free(device)
-    missing = ""
-    if error.wanted is not None:
-        short = f", {_gib(error.wanted - there)} too little" if error.wanted > there else ""
-        missing = f" ({_gib(error.wanted)} more were asked for, {_gib(there)} were free{short})"
+    missing = _missing(error, device)
     knob = "" if checkpointing else "set learner.gradient_checkpointing = 'on', "
     return EsplError(
         f"the learner ran out of memory on {device} with a single sequence of {ids} ids{missing}: {knob}"
         "lower rollout.max_new_tokens or rollout.max_total_tokens, or take a smaller model. The weights are those "
         "before this update, and the run goes on from its last checkpoint"
     )
+
+
+def unstepped(error: OutOfMemory, device: torch.device, weights: int) -> EsplError:
+    """What to change where there is a gradient and no room for the optimiser, and by how much memory it failed."""
+    return EsplError(
+        f"the learner ran out of memory on {device} in the optimiser's step{_missing(error, device)}: AdamW keeps "
+        f"two numbers for each of {weights:,} trained weights, {_gib(8 * weights)} in all; train an adapter "
+        "(--learner.mode lora), one of a lower learner.rank, or a smaller model. The run goes on from its last "
+        "checkpoint"
+    )
+
+
+def _missing(error: OutOfMemory, device: torch.device) -> str:
+    if error.wanted is None:
+        return ""
+    there = free(device)
+    short = f", {_gib(error.wanted - there)} too little" if error.wanted > there else ""
+    return f" ({_gib(error.wanted)} more were asked for, {_gib(there)} were free{short})"
 
 
 def _gib(count: float) -> str:

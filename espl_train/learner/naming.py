@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 
 def choose(table: Mapping[str, T], name: str, key: str) -> T:
-    """`table[name]`. Raises EsplError that names the configuration key, the nearest name and all names."""
+    """`table[name]`. Raises EsplError that names the configuration key, a near name and all names."""
     if name in table:
         return table[name]
-    near = get_close_matches(name, table, n=1, cutoff=0.0)
-    raise EsplError(f"{key} is '{name}'; did you mean '{near[0]}'? There are: {', '.join(table)}")
+    near = get_close_matches(name, table, n=1)
+    meant = f"did you mean '{near[0]}'? " if near else ""
+    raise EsplError(f"{key} is '{name}'; {meant}there are: {', '.join(table)}".replace("? there", "? There"))

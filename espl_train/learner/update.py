@@ -105,21 +105,21 @@ class Learner:
                     return self._skip(NOT_FINITE, start)
                 rate = self._rate()
                 self._step(rate)
-        self.ranks.merge(tally)
-        version = self.policy.advance()
+                version = self.policy.advance()      # before the turn ends: whoever samples beside it must not find
+        self.ranks.merge(tally)                      # new weights under the old version
         seconds = time.perf_counter() - start
         return tally.report(version, grad_norm=norm, rate=rate, seconds=seconds, notes=self._heard())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-identical continuation needs, the trained weights included, on the CPU."""
-        masters = [] if self._masters[0] is self._weights[0] else self._masters
+        apart = any(master is not weight for master, weight in zip(self._masters, self._weights, strict=True))
         state = {
             "policy": self.policy.trainable_parameters(),
             "version": self.policy.version,
             "steps": self.steps,
             "skipped": dict(self.skipped),
             "optimizer": self.optimizer.state_dict(),
-            "masters": masters,
+            "masters": self._masters if apart else [],
         }
         return self.ranks.gather(state)
 
@@ -131,7 +131,7 @@ class Learner:
         self.skipped = Counter(state["skipped"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         with torch.no_grad():
-            for master, saved in zip(self._masters, state["masters"], strict=False):
+            for master, saved in zip(self._masters, state["masters"] or self._weights, strict=True):
                 master.copy_(saved)
 
     def _micro_batches(self, groups: Sequence[Group]) -> list[MicroBatch]:
@@ -240,7 +240,11 @@ class Learner:
     def _step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        try:
+            with memory.watched():
+                self.optimizer.step()
+        except memory.OutOfMemory as error:
+            raise memory.unstepped(error, self.policy.device, sum(p.numel() for p in self._masters)) from error
         self._forget_gradients()
         self.steps += 1
         with torch.no_grad():
