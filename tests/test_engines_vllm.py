@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -335,7 +336,33 @@ class TestAlone:
         for name in ends[0]:
             assert same(ends[0][name], ends[1][name]), name
 
+    def test_an_engine_in_its_own_process_dies_with_an_owner_that_is_killed(self) -> None:
+        """It goes first, its worker follows; none of them is left with init for a parent."""
+        with subprocess.Popen([sys.executable, "-c", OWNER, str(Path(__file__).parent)], stdout=subprocess.PIPE,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as owner:
+            assert owner.stdout is not None
+            engine = int(owner.stdout.readline())
+            watched = os.pidfd_open(engine)
+            assert Path(f"/proc/{engine}").exists()
+            owner.kill()
+            assert select.select([watched], [], [], 60)[0]
+            os.close(watched)
 
+
+OWNER = """
+import sys, tempfile, time
+from pathlib import Path
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    from vllm_kit import Shared
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Shared(Path(folder)).start()
+    (process,) = engine._core._engine.engine_core.resources.engine_manager.processes
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
 RUN = {
     "steps": 3, "tensorboard": "false", "rollout.problems": 4, "rollout.samples": 4, "rollout.prompts": 2,
     "evaluation.every": 2, "evaluation.problems": 4, "evaluation.test_problems": 4, "learner.learning_rate": 1e-3,

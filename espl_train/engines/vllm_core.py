@@ -246,7 +246,10 @@ def _lora(rank: int, targets: Sequence[str], device: torch.device) -> dict[str, 
 def _built(arguments: dict[str, Any]) -> Any:
     from vllm import EngineArgs, LLMEngine
 
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    from espl_train.engines.vllm_process import mortal
+
+    with mortal():
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
 @contextmanager
