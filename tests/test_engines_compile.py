@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_kit import ragged
-from learner_kit import random_groups, tiny_policy
+from learner_kit import random_groups, tiny_model, tiny_policy
 from test_engines_local import MODELS
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
@@ -65,8 +65,16 @@ def play(compile: bool) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
         engine.close()
 
 
+def test_a_compiled_step_computes_the_same(captured: list[Any]) -> None:
+    """In one graph: a construct that dynamo cannot capture would fail here; so would other numbers, by the slab's own
+    comparison with the plain forward pass."""
+    slab = slab_for(tiny_model(num_hidden_layers=1).eval(), compile=True)
+    assert isinstance(slab, KVSlab) and slab.compiles and [type(step) for step in captured] == [Step]
+
+
+@pytest.mark.skipif(not os.environ.get("ESPL_FULL"), reason="capturing it for many shapes is slow: ESPL_FULL=1")
 def test_a_compiled_step_samples_the_same(captured: list[Any]) -> None:
-    """In one graph: a construct that dynamo cannot capture would fail here. Rows and widths change on the way."""
+    """Rows and widths change on the way."""
     compiled = play(compile=True)
     assert captured and all(isinstance(step, Step) for step in captured)
     made = len(captured)
