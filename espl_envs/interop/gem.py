@@ -38,7 +38,7 @@ def GemEnv(env_id: str, **arguments: Any) -> Any:
     """The environment `env_id` as a `gem.Env`: observations are what is new, as text; rewards are its own."""
     core = _package().core
 
-    class Ours(core.Env):  # type: ignore[misc, name-defined]
+    class Ours(core.Env):  # type: ignore[name-defined]
         """One of our environments."""
 
         def __init__(self) -> None:
