@@ -36,7 +36,7 @@ test-main: lint
 
 test-vllm: vllm
 	ESPL_REQUIRE=vllm OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-		$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_engines_*.py
+		$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_engines_*.py tests/test_evaluate_vllm.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

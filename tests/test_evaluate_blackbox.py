@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluate_kit import ADD, MODEL, PATIENT, TOOLS, Scripted, completion, error, play, serving, sum_in
+from program_kit import program
 from test_evaluate_endpoint import after_hello
 
 from espl_envs.core.messages import Message, ToolCall
@@ -28,34 +27,7 @@ from espl_envs.evaluate.endpoint import EndpointDoor
 from espl_envs.evaluate.proxy import Budget
 from espl_envs.evaluate.records import Episode, Outcome
 
-HEAD = """\
-import json, os, re, sys, urllib.request
-task = json.load(open(sys.argv[1]))
-asked = next(m["content"] for m in task["messages"] if m["role"] == "user")
-a, b = map(int, re.search(r"(\\d+) \\+ (\\d+)", asked).groups())
-
-def post(url, body, **headers):
-    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", **headers}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    return urllib.request.urlopen(request).read().decode()
-
-def chat(**more):
-    body = {"model": "whatever", "messages": task["messages"], **more}
-    key = "Bearer " + os.environ["OPENAI_API_KEY"]
-    return post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, Authorization=key)
-
-def tool(name, **arguments):
-    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
-    return json.loads(post(task["mcp_url"], body))["result"]
-"""
 ASK = 'print(json.loads(chat())["choices"][0]["message"]["content"])'
-
-
-def program(tmp_path: Path, body: str) -> str:
-    """The command that runs this script."""
-    file = tmp_path / "agent.py"
-    file.write_text(HEAD + textwrap.dedent(body))
-    return f"{sys.executable} -S -E {file} {{task_file}}"
 
 
 def run(tmp_path: Path, body: str, *envs: str, limit: int = 1, **wanted: Any) -> list[Episode]:
