@@ -35,7 +35,7 @@ ASKED = Asked("http://here/v1", MODEL, "MY_KEY")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 0.3)
+    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 1.0)
 
 
 def door(server: Server | str, sampling: Sampling | None = None, prices: Prices | None = None, key: str = KEY,
@@ -329,7 +329,7 @@ def test_nobody_there_is_one_sentence() -> None:
     (lambda *_: error(403, "not yours"), KEY, "forbids the key in MY_KEY the model 'toy-modle'"),
     (lambda *_: error(404, "no such model"), KEY, "has no model 'toy-modle'; it has toy-model"),
     (lambda *_: error(400, "temperature is wrong"), KEY, "temperature is wrong|it has toy-model"),
-    (lambda *_: error(503, "loading"), KEY, "answered HTTP 503: loading, to a first short request, for 0.3 s"),
+    (lambda *_: error(503, "loading"), KEY, "answered HTTP 503: loading, to a first short request, for 1 s"),
     (lambda *_: web.Response(text="Hello, world"), KEY, "answered what cannot be read: it is not JSON"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_any_episode(answer: Any, key: str, said: str) -> None:
