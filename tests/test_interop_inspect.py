@@ -113,9 +113,9 @@ def test_a_fault_has_no_score(folder: Path) -> None:
 def test_inspect_finds_the_task_by_its_entry_point_and_by_its_file(folder: Path) -> None:
     from importlib.metadata import entry_points
 
-    (ours,) = (point for point in entry_points(group="inspect_ai") if point.name == "espl")
+    (ours,) = (point for point in entry_points(group="inspect_ai") if point.name == "espl_envs")
     assert ours.load() is inspect_tasks
-    log = evaluated("espl/environment", [r"\boxed{50}"], folder, task_args={"env": "toy:toy/Add-v0", "limit": 1})
+    log = evaluated("espl_envs/environment", [r"\boxed{50}"], folder, task_args={"env": "toy:toy/Add-v0", "limit": 1})
     assert (log.status, log.eval.task, log.results.scores[0].metrics["mean"].value) == ("success", "toy/Add-v0", 1.0)
 
 

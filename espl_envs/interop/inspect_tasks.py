@@ -1,6 +1,6 @@
 """Our environments as inspect_ai tasks (extra `inspect`): its models and logs, our episodes and scores.
 
-    inspect eval espl/environment -T env=espl/GSM8K-v0 --model mockllm/model --limit 10
+    inspect eval espl_envs/environment -T env=espl/GSM8K-v0 --model mockllm/model --limit 10
     inspect_ai.eval(environment("espl/Countdown-v0", k=4), model="openai/gpt-4o")
 
 `play` is the solver: it asks the model and steps the environment until the episode is over. `episode_score` gives its
@@ -14,7 +14,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from inspect_ai import Epochs, Task, task
+from espl_envs.core.errors import EsplError, MissingExtra
+
+try:
+    from inspect_ai import Epochs, Task, task
+except ImportError as missing:
+    raise MissingExtra("inspect", f"inspect_ai (no module {missing.name})") from missing
+
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import (
     ChatMessage,
@@ -28,7 +34,6 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import Tool, ToolCall, ToolDef, ToolParams
 
 from espl_envs.core import background, messages
-from espl_envs.core.errors import EsplError
 from espl_envs.evaluate import plan
 from espl_envs.evaluate.agents import ToolSyntax
 from espl_envs.evaluate.wire import to_wire
@@ -36,7 +41,7 @@ from espl_envs.evaluate.wire import to_wire
 STORE = "espl/episode"
 
 
-@task
+@task(name="espl_envs/environment")      # installed as a wheel that is its name anyway
 def environment(
     env: str, split: str | None = None, system_prompt: str | None = None, k: int = 1, limit: int | None = None,
     **arguments: Any,

@@ -14,7 +14,13 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import verifiers.v1 as vf
+from espl_envs.core.errors import MissingExtra
+
+try:
+    import verifiers.v1 as vf
+except ImportError as missing:
+    raise MissingExtra("verifiers", f"a verifiers taskset (no module {missing.name})") from missing
+
 from pydantic import Field
 
 from espl_envs.core import background
