@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +97,21 @@ def test_memory_is_used_where_there_is_room_for_a_few(monkeypatch: pytest.Monkey
     assert adapters._fastest(10**18) == Path("/elsewhere")
     monkeypatch.setattr(adapters, "MEMORY", tmp_path / "none")
     assert adapters._fastest(0) == Path("/elsewhere")
+
+
+def test_a_folder_that_a_sweep_removed_between_its_making_and_its_locking_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, swept = os.open, []
+
+    def slowly(path: Path, flags: int, *mode: int, **place: int) -> int:
+        descriptor = opened(path, flags, *mode, **place)
+        if flags & os.O_CREAT and not swept:
+            swept.append(path)
+            shutil.rmtree(Path(path).parent)              # as a sweep that locked first
+        return descriptor
+
+    monkeypatch.setattr(os, "open", slowly)
+    store = AdapterStore(tmp_path)
+    assert swept and store.folder.is_dir() and store.folder != swept[0].parent
+    store.close()

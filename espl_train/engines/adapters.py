@@ -85,9 +85,12 @@ def _new(root: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
         try:
-            return folder, _locked(folder, os.O_CREAT)
+            lock = _locked(folder, os.O_CREAT)
         except (BlockingIOError, FileNotFoundError):
             continue
+        if (folder / LOCK).exists():
+            return folder, lock
+        os.close(lock)                  # of a file that the sweep has removed
 
 
 def _sweep(root: Path) -> None:
