@@ -9,6 +9,7 @@ work; any viewer of Chrome traces opens them, ui.perfetto.dev for one.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import threading
 import time
@@ -80,6 +81,8 @@ class Profile:
         global _current
         from torch.profiler import profile
 
+        if not self._cuda:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")      # it tells stderr of every start; of GPUs it may warn
         with profile():              # the first one has to be on the main thread
             pass
         if self._cuda:

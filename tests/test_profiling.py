@@ -66,7 +66,7 @@ def test_traces_are_of_the_step_asked_for_and_show_the_work(profiled: Path) -> N
         assert operation in {event.get("name") for event in events}
 
 
-def test_a_trace_holds_so_many_pieces_and_no_more(tmp_path: Path) -> None:
+def test_a_trace_holds_so_many_pieces_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with Profile(tmp_path, (3,)) as profile:
         for step in (1, 3):
             profile.begin(step, 1, 9)
@@ -79,6 +79,7 @@ def test_a_trace_holds_so_many_pieces_and_no_more(tmp_path: Path) -> None:
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert path.name == "step-000003-work.json.gz"
     assert sum(event.get("name") == "aten::cumsum" for event in events) == PIECES
+    assert capfd.readouterr().err == ""
 
 
 def test_two_windows_at_once_are_one_trace(tmp_path: Path) -> None:
