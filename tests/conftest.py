@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -27,6 +28,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ESPL_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "espl"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # begun in the background of a shell: let Ctrl-C be tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIRROR = Path(os.environ.get("ESPL_DATA_DIR") or Path(__file__).resolve().parents[2] / "shared" / "data")
 

@@ -6,6 +6,8 @@ One run of the bundled model, made once; the server is the real one over the rea
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -160,9 +162,9 @@ def test_what_is_not_there_is_one_sentence(
 
     def described(argv: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         """In this process: importing everything once more takes seconds."""
-        code = cli.main(argv[3:])
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(argv, code, out.encode(), err.encode())
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = cli.main(argv[3:])
+        return subprocess.CompletedProcess(argv, code, out.getvalue().encode(), err.getvalue().encode())
 
     monkeypatch.setattr(served.subprocess, "run", described)
     assert main(["--env", "espl/Conventions-v0", *words, "--out", str(tmp_path / "out")]) == 2

@@ -199,6 +199,7 @@ class Follower:
         self._connection.send_bytes(pickle.dumps(card))
         _tune(self._connection)
         self._inbox: queue.Queue[Any] = queue.Queue()
+        self._code = 0                           # that this process ends with when rank 0 is gone
         threading.Thread(target=self._watch, name="espl-ranks", daemon=True).start()
 
     def orders(self) -> Iterator[tuple[str, Any]]:
@@ -227,6 +228,7 @@ class Follower:
         expected = isinstance(error, EsplError)
         sentence = f"failed: {error}" if expected else f"failed: {type(error).__name__}: {said}".removesuffix(": ")
         details = "" if expected else "".join(traceback.format_exception(error))
+        self._code = 1
         with contextlib.suppress(OSError):
             self._connection.send_bytes(pickle.dumps(("failed", (sentence, details))))
 
@@ -235,7 +237,7 @@ class Follower:
             try:
                 self._inbox.put(pickle.loads(self._connection.recv_bytes()))
             except (EOFError, OSError):
-                os._exit(0)                  # rank 0 has ended, and it alone says why
+                os._exit(self._code)         # rank 0 has ended, and it alone says why
 
 
 def _tune(connection: Connection) -> None:
