@@ -43,6 +43,14 @@ def boxes_of(client: Any, owner: str) -> list[str]:
     return [f"{box['Names'][0]} {box['State']}" for box in found]
 
 
+@pytest.fixture
+def boxes(docker_engine: Any) -> Callable[[], list[str]]:
+    """This process's boxes but those that were there before: environments of other tests may share a warm pool."""
+    owner = str(cleanup.owner())
+    before = {box.split()[0] for box in boxes_of(docker_engine, owner)}
+    return lambda: [box for box in boxes_of(docker_engine, owner) if box.split()[0] not in before]
+
+
 @contextmanager
 def an_owner(client: Any, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process with three live boxes, two of them in a call, and its label."""
@@ -105,7 +113,9 @@ def in_pool(scene: Callable[[Pool], Any], **settings: Any) -> None:
     asyncio.run(play())
 
 
-def test_a_box_killed_in_a_call_is_a_fault_and_the_pool_goes_on(docker_engine: Any) -> None:
+def test_a_box_killed_in_a_call_is_a_fault_and_the_pool_goes_on(
+    docker_engine: Any, boxes: Callable[[], list[str]]
+) -> None:
     async def scene(pool: Pool) -> None:
         with pytest.raises(SandboxFault) as caught:
             async with pool.lease(SPEC, timeout=300) as box:
@@ -119,10 +129,10 @@ def test_a_box_killed_in_a_call_is_a_fault_and_the_pool_goes_on(docker_engine: A
             assert (await other.python("6 * 7")).value == "42"
 
     in_pool(scene, max_live=1, warm=0)
-    assert not boxes_of(docker_engine, str(cleanup.owner()))
+    assert not boxes()
 
 
-def test_a_warm_box_killed_on_the_shelf_is_not_lent(docker_engine: Any) -> None:
+def test_a_warm_box_killed_on_the_shelf_is_not_lent(docker_engine: Any, boxes: Callable[[], list[str]]) -> None:
     async def scene(pool: Pool) -> None:
         async with pool.lease(SPEC, timeout=300):
             pass
@@ -139,11 +149,11 @@ def test_a_warm_box_killed_on_the_shelf_is_not_lent(docker_engine: Any) -> None:
             assert (await box.shell("echo here")).stdout == "here\n"
 
     in_pool(scene, max_live=2, warm=1)
-    assert not boxes_of(docker_engine, str(cleanup.owner()))
+    assert not boxes()
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_box_whose_stream_is_cut_ends_by_itself(docker_engine: Any, busy: bool) -> None:
+def test_a_box_whose_stream_is_cut_ends_by_itself(boxes: Callable[[], list[str]], busy: bool) -> None:
     """The owner lives, only the connection is gone: nobody removes the box, it notices."""
 
     async def scene(pool: Pool) -> None:
@@ -155,7 +165,7 @@ def test_a_box_whose_stream_is_cut_ends_by_itself(docker_engine: Any, busy: bool
         if not busy:
             await call
         box._writer.transport.abort()
-        took = await asyncio.to_thread(until, lambda: not boxes_of(docker_engine, owner), "the box outlives its stream")
+        took = await asyncio.to_thread(until, lambda: not boxes(), "the box outlives its stream")
         print(f"cut while {'busy' if busy else 'idle'}: no container after {took:.2f} s")
         gone.set()
         if busy:
@@ -165,20 +175,18 @@ def test_a_box_whose_stream_is_cut_ends_by_itself(docker_engine: Any, busy: bool
         async with pool.lease(SPEC, timeout=300) as other:
             assert (await other.python("1 + 1")).value == "2"
 
-    owner = str(cleanup.owner())
     in_pool(scene, max_live=1, warm=0)
-    assert not boxes_of(docker_engine, owner)
+    assert not boxes()
 
 
-def test_a_box_ends_itself_when_its_lifetime_is_over(docker_engine: Any) -> None:
+def test_a_box_ends_itself_when_its_lifetime_is_over(boxes: Callable[[], list[str]]) -> None:
     async def scene(pool: Pool) -> None:
         lease = await pool.acquire(SandboxSpec(image="terminal", lifetime_s=2), timeout=300)
-        await asyncio.to_thread(until, lambda: not boxes_of(docker_engine, owner), "the box outlives its lifetime")
+        await asyncio.to_thread(until, lambda: not boxes(), "the box outlives its lifetime")
         with pytest.raises(SandboxFault, match="lifetime of 2 s is over"):
             await lease.sandbox.python("1")
         lease.release(broken=True)
 
-    owner = str(cleanup.owner())
     in_pool(scene, max_live=1, warm=0)
 
 
