@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from espl_envs.core import commandline
 from espl_envs.core.errors import EsplError, MissingExtra
 from espl_train.learner.ranks import ALONE, Place, RankLost
 
@@ -37,10 +35,6 @@ EXTRA = frozenset(
         *("rich", "tomli_w", "math_verify", "datasets", "huggingface_hub", "aiohttp"),
     )
 )
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM. A KeyboardInterrupt, because that is what asyncio lets through at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +80,7 @@ def _command(words: list[str], ranks: Ranks) -> int:
     if "version" in request.flags:
         print(f"espl {version('espl')}")
         return 0
-    with _signals():
+    with commandline.signals():
         return _dry_run(request, ranks) if request.dry_run else _run(request, ranks)
 
 
@@ -95,10 +89,10 @@ def _serve(words: list[str]) -> int:
     from espl_train.serving.command import serve
 
     try:
-        with _signals():
+        with commandline.signals():
             return serve(words)
     except KeyboardInterrupt as stop:
-        return 143 if isinstance(stop, Terminated) else 130
+        return commandline.exit_code(stop)
 
 
 def _dry_run(request: Request, ranks: Ranks) -> int:
@@ -213,40 +207,12 @@ def _explained_imports() -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt and SIGTERM Terminated, once: what follows must not cut the clean-up short.
-
-    In other threads than the main one signals stay as they are.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _complain(text: str, code: int) -> int:
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{red}espl-train: {text}{plain}", file=sys.stderr)
-    return code
+    return commandline.complain("espl-train", text, code)
 
 
 def _stopped(stop: KeyboardInterrupt, standing: str) -> int:
-    terminated = isinstance(stop, Terminated)
-    print(f"\nespl-train: stopped{' by SIGTERM' if terminated else ''}; {standing}", file=sys.stderr)
-    return 143 if terminated else 130
+    return commandline.stopped("espl-train", stop, standing)
 
 
 def _bereft(lost: RankLost, run: RunDirectory) -> int:

@@ -13,23 +13,20 @@ import difflib
 import json
 import os
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import gymnasium.error
 
-from espl_envs.core import background
+from espl_envs.core import background, commandline
 from espl_envs.core.errors import EsplError, MissingExtra
 from espl_envs.evaluate import doors, options, plan
 from espl_envs.evaluate.agents import Agent, Door
@@ -41,10 +38,6 @@ from espl_envs.evaluate.progress import Progress, printable
 from espl_envs.evaluate.runner import Halted, Limits, Runner
 
 EARLY = 3
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
 
 
 class _Ended(EsplError):
@@ -60,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _command(words[0])(words[1:])
         chosen = options.parser().parse_args(words)
         secret = Secret.from_variable(chosen.api_key_env)
-        with _signals():
+        with commandline.signals():
             return _evaluate(chosen, words)
     except (EsplError, gymnasium.error.Error) as problem:
         return _complain(secret.hidden(str(problem)), 2)
@@ -297,38 +290,12 @@ def _command(name: str) -> Callable[[list[str]], int]:
     return COMMANDS[name]
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt and SIGTERM Terminated, once: what follows must not cut the clean-up short. In
-    other threads than the main one signals stay as they are."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _complain(text: str, code: int) -> int:
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{red}espl-eval: {visible(text)}{plain}", file=sys.stderr)
-    return code
+    return commandline.complain("espl-eval", visible(text), code)
 
 
 def _stopped(stop: KeyboardInterrupt, standing: str) -> int:
-    terminated = isinstance(stop, Terminated)
-    print(f"\nespl-eval: stopped{' by SIGTERM' if terminated else ''}; {standing}", file=sys.stderr)
-    return 143 if terminated else 130
+    return commandline.stopped("espl-eval", stop, standing)
 
 
 def _crashed(error: Exception, secret: Secret) -> int:

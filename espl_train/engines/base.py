@@ -47,6 +47,14 @@ class EngineError(RuntimeError):
     """The engine broke or could not prove what it serves. Infrastructure: never a reward."""
 
 
+def room(request: Request, context_length: int) -> int:
+    """Tokens that `request` may sample. Raises EngineError where its prompt is empty or leaves no room for one."""
+    limit = min(request.max_new, context_length - len(request.tokens))
+    if not request.tokens or limit < 1:
+        raise EngineError(f"a prompt of {len(request.tokens)} tokens does not fit 1..{context_length - 1}")
+    return limit
+
+
 class Engine(Protocol):
     """A sampler of one base model under at most one adapter at a time (or the base model alone)."""
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from espl_train.config import EngineConfig
-from espl_train.engines.base import EngineError, Request, Sample
+from espl_train.engines.base import EngineError, Request, Sample, room
 from espl_train.engines.callers import Callers, Waiter, waiter
 from espl_train.engines.decode import Decoder, Reuse
 from espl_train.engines.kv import Slab, slab_for
@@ -110,10 +110,7 @@ class LocalEngine:
 
     async def sample(self, request: Request) -> Sample:
         """See `Engine`. Raises EngineError where the prompt is empty or leaves no room for a token."""
-        limit = min(request.max_new, self.context_length - len(request.tokens))
-        if not request.tokens or limit < 1:
-            raise EngineError(f"a prompt of {len(request.tokens)} tokens does not fit 1..{self.context_length - 1}")
-        row = Row(request, limit)
+        row = Row(request, room(request, self.context_length))
         call = _Call(request.policy, waiter(), row)
         try:
             return await self._ask(call)

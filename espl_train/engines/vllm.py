@@ -25,7 +25,7 @@ import torch
 
 from espl_train.config import EngineConfig, ModelConfig
 from espl_train.engines.adapters import Adapter, AdapterStore
-from espl_train.engines.base import EngineError, Request, Sample
+from espl_train.engines.base import EngineError, Request, Sample, room
 from espl_train.engines.callers import Callers, Waiter, waiter
 from espl_train.engines.probe import TRIAL, Passage, Probe
 from espl_train.engines.vllm_core import Core, Score, result
@@ -130,10 +130,7 @@ class VllmEngine:
 
     async def sample(self, request: Request) -> Sample:
         """See `Engine`. Raises EngineError where the prompt is empty or leaves no room for a token."""
-        limit = min(request.max_new, self.context_length - len(request.tokens))
-        if not request.tokens or limit < 1:
-            raise EngineError(f"a prompt of {len(request.tokens)} tokens does not fit 1..{self.context_length - 1}")
-        return await self._ask(replace(request, max_new=limit))
+        return await self._ask(replace(request, max_new=room(request, self.context_length)))
 
     async def score(self, tokens: Sequence[int], start: int, policy: int | None) -> list[float]:
         """See `Engine`. One prefill."""
