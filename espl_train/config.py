@@ -226,9 +226,18 @@ class EvolutionConfig(Section):
         "posterior", description="who mutates: the best rating once this batch counts, or its best mean"
     )
     crossover_probability: Fraction = Field(0.2, description="per iteration")
+    prune_probability: Fraction = Field(
+        0.0, description="per iteration: of playing the best prompt without each of its principles, to drop one"
+    )
+    immigrant_probability: Fraction = Field(
+        0.0, description="per iteration: of a prompt written from the evidence alone, without the principles of others"
+    )
     max_operations: Positive = Field(2, description="per critique call")
     max_words: Positive = Field(32, description="per principle")
     max_principles: Positive = Field(32, description="per prompt")
+    max_prompt_tokens: int = Field(
+        0, ge=0, description="of the whole system prompt, as the policy's tokenizer counts it; 0 = no limit"
+    )
     evidence_window: int = Field(
         20, ge=0, description="iterations that reflection looks back on; 0 = the last batch of the best prompt"
     )

@@ -23,6 +23,7 @@ class Reason(StrEnum):
     CONFLICT = "conflict"
     TOO_MANY_WORDS = "too_many_words"
     TOO_MANY_PRINCIPLES = "too_many_principles"
+    TOO_MANY_TOKENS = "too_many_tokens"
     DUPLICATE_PRINCIPLE = "duplicate_principle"
     ECHO = "echo"
     LEAKED_ANSWER = "leaked_answer"              # the guard
@@ -36,6 +37,9 @@ class Reason(StrEnum):
     NO_SUGGESTION = "no_suggestion"
     NO_RIVAL = "no_rival"
     NO_OTHER_WINNER = "no_other_winner"
+    TOO_FEW_PRINCIPLES = "too_few_principles"
+    NO_TRIAL = "no_trial"
+    ALL_NEEDED = "all_needed"
     UNCHANGED = "unchanged"
     DUPLICATE_PROMPT = "duplicate_prompt"
     NOT_DRAWN = "not_drawn"
