@@ -2,33 +2,65 @@
 
 A call that fails and a reply that cannot be used are values with a reason; only cancellation and a broken template
 raise. Every seed is derived from (run seed, step, stage, index): no call depends on the order in which calls finish.
+What a call is for stands in `PURPOSE` while it is made, for whoever keeps the books.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from espl_envs.core.messages import Message
 from espl_train.evolution.edits import KINDS, Kind, Operation, fingerprint
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
-from espl_train.evolution.replies import read_operations
+from espl_train.evolution.replies import MAX_REPLY, read_operations
 from espl_train.evolution.templates import Stage, TemplateSet
 from espl_train.randomness import derive
 
 T = TypeVar("T")
 QUOTED_TEXT = re.compile(r'"text"\s*:\s*"((?:[^"\\]|\\.){1,800})"')
-BEYOND_REPAIR = (Reason.COMPLETION_FAILED, Reason.EMPTY_REPLY)
+BEYOND_REPAIR = (Reason.COMPLETION_FAILED, Reason.DEADLINE, Reason.BUDGET, Reason.EMPTY_REPLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a call is for: its stage, and the id of the prompt that is to have a child ("" where nobody said)."""
+
+    stage: str = ""
+    prompt: str = ""
+
+
+PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=Purpose())
+
+
+@contextmanager
+def purpose(**changes: str) -> Iterator[None]:
+    """Calls in the block (and in tasks that it starts) are for that `stage`, for that `prompt`."""
+    token = PURPOSE.set(replace(PURPOSE.get(), **changes))
+    try:
+        yield
+    finally:
+        PURPOSE.reset(token)
+
+
+class Declined(Exception):
+    """A call that was not made or was given up, for a reason that has a name of its own."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class Completer(Protocol):
-    """Who answers reflection prompts: `EngineCompleter.complete`, an API client's method, a test's function."""
+    """Who answers reflection prompts: `reflecting.Client.complete`, a test's function."""
 
     async def __call__(self, messages: Sequence[Message], seed: int, /) -> str:
-        """The reply to `messages`; may raise anything, which is counted as a failed call."""
+        """The reply to `messages`; may raise anything, which is counted as a failed call, or Declined."""
         ...
 
 
@@ -88,7 +120,7 @@ class Reflector:
         self._count(stage, index, result)
         if isinstance(reply, Rejection) or result.reason in BEYOND_REPAIR or not self.templates.has("repair"):
             return result
-        messages = self._messages("repair", index, {"reply": reply, "error": str(result)}, stage)
+        messages = self._messages("repair", index, {"reply": reply[-MAX_REPLY:], "error": str(result)}, stage)
         quoted.update(_quoted(self._messages("repair", index, {"reply": "", "error": ""})))
         repaired = judge(await self._ask("repair", index, messages, stage))
         if isinstance(repaired, Rejection):
@@ -108,7 +140,11 @@ class Reflector:
     ) -> str | Rejection:
         self.calls += 1
         try:
-            return await self._complete(messages, derive(self._seed, self._step, stage, index, repairs))
+            with purpose(stage=stage):
+                return await self._complete(messages, derive(self._seed, self._step, stage, index, repairs))
+        except Declined as declined:
+            self.calls -= declined.reason is Reason.BUDGET
+            return Rejection(declined.reason, str(declined))
         except Exception as error:
             return Rejection(Reason.COMPLETION_FAILED, f"{type(error).__name__}: {excerpt(str(error))}")
 

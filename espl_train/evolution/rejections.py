@@ -32,6 +32,8 @@ class Reason(StrEnum):
     SPECIAL_TOKEN = "special_token"
     TOO_LONG = "too_long"
     COMPLETION_FAILED = "completion_failed"      # the call itself
+    DEADLINE = "deadline"
+    BUDGET = "budget"
     NO_CONTRAST = "no_contrast"                  # breeding: why there is no child
     NO_MIXED_PROBLEM = "no_mixed_problem"
     NO_SUGGESTION = "no_suggestion"
@@ -45,6 +47,7 @@ class Reason(StrEnum):
     NOT_DRAWN = "not_drawn"
     SWITCHED_OFF = "switched_off"
     CROWDED = "crowded"
+    REVIEW = "review"                            # a person said no
 
 
 @dataclass(frozen=True, slots=True)
