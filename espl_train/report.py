@@ -5,7 +5,6 @@ Nothing is computed here that the loop has not decided; nothing is shown here ei
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import SystemPrompt
 from espl_train.learner.update import UpdateReport
 from espl_train.records import Group, Rollout
-from espl_train.runs.checkpoint import write_atomically
+from espl_train.runs import seal
 from espl_train.runs.metrics import read_lines
 from espl_train.runs.summary import Score
 
@@ -173,11 +172,7 @@ def notes(config: EvaluationConfig, totals: Totals, chosen: bool) -> tuple[str, 
 
 def opened(run: Path, step: int) -> tuple[str, ...]:
     """Note that the test split was opened at `step`, and say so if it had been before."""
-    seal = run / "test_opened.json"
-    before = [int(s) for s in json.loads(seal.read_text("utf-8"))] if seal.exists() else []
-    write_atomically(seal, json.dumps(sorted({*before, step})).encode())
-    earlier = [str(s) for s in before if s != step]
-    return (f"the test split was opened before, at step {', '.join(earlier)}: no first look",) if earlier else ()
+    return seal.told(seal.open_seal(run, seal.Opening(step)))
 
 
 def _score(name: str, record: Mapping[str, Any], prompt: str) -> Score | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from espl_train.learner.policy import Policy
 from espl_train.loop import Trainer
 from espl_train.problems import Deck
 from espl_train.records import RolloutKey
+from espl_train.runs import seal
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
 from espl_train.runs.metrics import read_lines
@@ -283,7 +283,7 @@ def test_a_finished_run_that_goes_on_says_that_it_had_seen_the_test(model: Path,
     _, second = resume(out, steps=3)
     assert looks(first) == looks(again) == [] and len(theatre.of("train")) == 3
     assert len(looks(second)) == 1 and "at step 2" in looks(second)[0] and second.rollouts == 36
-    assert json.loads((out / "test_opened.json").read_text()) == [2, 3]
+    assert [opening.step for opening in seal.openings(out)] == [2, 3]
 
 
 @pytest.mark.parametrize(("reflector", "reflects"), [("reference", {None}), ("current", {0, 1})])
