@@ -232,6 +232,12 @@ class EvolutionConfig(Section):
     immigrant_probability: Fraction = Field(
         0.0, description="per iteration: of a prompt written from the evidence alone, without the principles of others"
     )
+    writer: Literal["reflection", "placebo"] = Field(
+        "reflection", description="placebo: the words that reflection wrote are replaced by random ones (a control)"
+    )
+    evidence: Literal["real", "shuffled"] = Field(
+        "real", description="shuffled: reflection sees the attempts with each other's rewards (a control)"
+    )
     max_operations: Positive = Field(2, description="per critique call")
     max_words: Positive = Field(32, description="per principle")
     max_principles: Positive = Field(32, description="per prompt")

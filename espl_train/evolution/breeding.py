@@ -15,9 +15,10 @@ from espl_envs.core.tasks import Task
 from espl_train.config import EvolutionConfig
 from espl_train.evolution.crossover import Rewards, cross
 from espl_train.evolution.edits import Limits, fingerprints
-from espl_train.evolution.evidence import Evidence
+from espl_train.evolution.evidence import Evidence, shuffled
 from espl_train.evolution.guards import Guard
 from espl_train.evolution.mutation import mutate
+from espl_train.evolution.placebo import placebo
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Rating, SystemPrompt
 from espl_train.evolution.ratings import Match, scores
@@ -52,6 +53,7 @@ class Breeder:
     ) -> None:
         self._config, self._templates, self._seed = config, templates, seed
         self._evidence = Evidence(config)
+        self._pool = templates.placebo() if config.writer == "placebo" else ()
         self._guard = Guard(config.max_words, special_tokens)
         self._limits = Limits(config.max_words, config.max_principles, self._guard.check)
 
@@ -64,7 +66,8 @@ class Breeder:
         guarded too, so the whole training split is best.
         """
         self._guard.learn(tasks)
-        self._evidence.record(step, groups, tasks)
+        shown = shuffled(groups, self._seed, step) if self._config.evidence == "shuffled" else groups
+        self._evidence.record(step, shown, tasks)
         match, after = population.preview(groups)
         reflector = Reflector(self._templates, complete, self._seed, step)
         if not match.values:
@@ -76,12 +79,15 @@ class Breeder:
             return self._report(step, best, {"mutation": refused, "crossover": refused}, {}, reflector)
         taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
         others = [population[p] for p in match.values if p != best.id]
-        table = scores(groups)
+        table = scores(shown)
         rewards = {p: {q: table[p][q] for q in match.problems} for p in match.values}
         crossed, mutated = await asyncio.gather(
             self._cross(step, best, others, rewards, tasks, reflector), self._mutate(step, best, reflector)
         )
-        return self._report(step, best, {"crossover": crossed, "mutation": mutated}, taken, reflector)
+        results = {"crossover": crossed, "mutation": mutated}
+        if self._pool:
+            results = {operator: self._placebo(step, operator, best, result) for operator, result in results.items()}
+        return self._report(step, best, results, taken, reflector)
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -111,6 +117,13 @@ class Breeder:
         if generator(self._seed, "crossover", step).random() >= self._config.crossover_probability:
             return Rejection(Reason.NOT_DRAWN)
         return await cross(best, others, rewards, tasks, reflector, self._config, self._limits)
+
+    def _placebo(
+        self, step: int, operator: str, best: SystemPrompt, result: Child | Rejection
+    ) -> Child | Rejection:
+        if isinstance(result, Rejection):
+            return result
+        return placebo(result, best, self._pool, generator(self._seed, "placebo", step, operator))
 
     def _report(
         self,

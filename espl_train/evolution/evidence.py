@@ -7,13 +7,14 @@ that would refute it. With a window of 0 only the last batch of the mutating pro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from espl_envs.core.messages import Conversation
 from espl_envs.core.tasks import Task
 from espl_train.config import EvolutionConfig
-from espl_train.records import Group, Rollout
+from espl_train.randomness import generator
+from espl_train.records import Group, Rollout, RolloutKey
 
 Verdict = Literal["right", "wrong", "unknown"]
 Visibility = Literal["none", "verdict", "full"]
@@ -149,6 +150,23 @@ class Evidence:
         limit = self._config.attempt_characters
         replies = tuple(clip(m.content, limit) for m in rollout.messages if m.role == "assistant")
         return Trace(step, rollout.key.prompt, rollout.reward, replies, clip(transcript(rollout.messages), limit))
+
+
+def shuffled(groups: Sequence[Group], seed: int, step: int) -> list[Group]:
+    """A batch as the shuffled control sees it: the rewards of every problem are dealt anew to those who attempted it.
+
+    Each problem keeps its rewards, so as many attempts count as right and the same problems have a contrast; which
+    attempt has which reward is chance, across prompts too. What faulted has no reward and stays as it is. An
+    environment that says in so many words whether an answer was right is not made to lie.
+    """
+    dealt: dict[RolloutKey, float] = {}
+    for task in dict.fromkeys(group.task for group in groups):
+        scored = [r for group in groups if group.task == task for r in group.rollouts if not r.faulted]
+        order = generator(seed, "shuffled", step, task).permutation(len(scored))
+        dealt |= {r.key: scored[int(other)].reward for r, other in zip(scored, order, strict=True)}
+    return [
+        replace(g, rollouts=tuple(replace(r, reward=dealt.get(r.key, r.reward)) for r in g.rollouts)) for g in groups
+    ]
 
 
 def right_from(rewards: Sequence[float]) -> float:

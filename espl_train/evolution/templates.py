@@ -63,6 +63,17 @@ class TemplateSet:
         """The text of the system message. No principles, no text: then there is no system message at all."""
         return self._render("system", {"principles": list(principles)}).strip() if principles else ""
 
+    def placebo(self) -> tuple[str, ...]:
+        """The sentences that stand in for principles under `evolution.writer = "placebo"`: the lines of `placebo.txt`.
+
+        Raises EsplError for a set that has none.
+        """
+        file = self.folder / "placebo.txt"
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        if not (texts := tuple(line.strip() for line in lines if line.strip())):
+            raise EsplError(f"evolution.writer is 'placebo', but there are no sentences in {file}: one a line")
+        return texts
+
     def messages(self, stage: Stage, values: Mapping[str, Any]) -> tuple[Message, ...]:
         """The reflection prompt of a stage: one user message."""
         return (Message("user", self._render(stage, values)),)

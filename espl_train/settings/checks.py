@@ -86,6 +86,8 @@ def _evolution(config: Config) -> Iterator[str]:
     evolution, prompts = config.evolution, config.rollout.prompts
     if not evolution.mutate and evolution.crossover_probability == 0 and config.mode == "evolution":
         yield "mode is evolution, but mutation and crossover are both off: nothing would ever change."
+    if evolution.writer == "placebo" and evolution.evidence == "shuffled":
+        yield "evolution.writer is placebo, which reads no evidence: leave evolution.evidence = 'shuffled' out."
     if evolution.capacity < (least := max(prompts, RESIDENTS)):
         yield (
             f"evolution.capacity is {evolution.capacity}, but the population needs room for {least}: the root, the "
