@@ -103,8 +103,10 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     yield "model", f"{config.model.path} ({kind}, {config.model.dtype}, {device})"
     yield "tokens", f"a vocabulary of {len(tokenizer):,}, a context of {room:,}"
     yield "engine", engine
-    templates = config.model.templates or str(getattr(settings, "espl_templates", "english"))
-    yield "templates", f"{templates}: {TemplateSet.load(templates).description}".rstrip(": ")
+    templates = TemplateSet.load(config.model.templates or str(getattr(settings, "espl_templates", "english")))
+    if config.evolution.writer == "placebo":
+        templates.placebo()
+    yield "templates", f"{templates.folder.name}: {templates.description}".rstrip(": ")
     trained = {"lora": f"LoRA of rank {config.learner.rank}", "full": "all weights"}[config.learner.mode]
     yield "weights", f"{trained}, {config.learner.loss}" if config.mode != "evolution" else "frozen"
 
