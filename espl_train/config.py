@@ -251,8 +251,8 @@ class EvolutionConfig(Section):
     critiques: Positive = Field(8, description="critique calls per mutation at most")
     attempts: Positive = Field(8, description="attempts shown per problem at most")
     attempt_characters: Positive = Field(12000, description="text of one attempt at most; the middle is left out")
-    reflector: Literal["reference", "current"] = Field(
-        "reference", description="who reflects: the base model or the one in training"
+    reflector: Literal["reference", "current", "endpoint"] = Field(
+        "reference", description="who reflects: the base model, the one in training, or a server (reflection.base_url)"
     )
     reflection_temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="of reflection calls")
     reflection_max_new_tokens: Positive = Field(2048, description="per reflection call")
@@ -264,6 +264,42 @@ class EvolutionConfig(Section):
     )
     winner_margin: float = Field(0.01, description="`margin`: mean reward that the winner must be ahead by")
     winner_probability: Fraction = Field(0.8, description="`posterior`: probability of being best")
+
+
+class ReflectionConfig(Section):
+    """Who is asked when prompts breed, how patiently, and what it may cost; see docs/evolution.md."""
+
+    base_url: str | None = Field(
+        None, description="of an OpenAI-compatible server, as in http://host:8000/v1, for evolution.reflector endpoint"
+    )
+    model: str | None = Field(None, description="name of a model on that server")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key; never the key")
+    extra: dict[str, Any] = Field({}, description="more fields of a request; one by one: --reflection.extra.NAME VALUE")
+    concurrency: Positive = Field(64, description="calls at once")
+    deadline_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="seconds per call with all its retries; default: 600 for an endpoint, else none"
+    )
+    step_deadline_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="seconds for all calls of an iteration: what is late then brings no child; default: none"
+    )
+    cache: Literal["off", "record", "replay", "replay_only"] = Field(
+        "off", description="replies by content: write them, use what is there, or use nothing else"
+    )
+    cache_dir: str | None = Field(None, description="where they are; default: reflections/ in the run directory")
+    max_calls: Positive | None = Field(None, description="calls of the whole run; then it goes on without breeding")
+    max_tokens: Positive | None = Field(None, description="the same for tokens, prompts and replies together")
+    max_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for the seconds of all calls")
+    max_cost: Annotated[float, Field(gt=0)] | None = Field(None, description="the same for money; needs the prices")
+    prices: tuple[float, float] | None = Field(
+        None, description="money per million prompt tokens and per million sampled tokens, as in 2.5,10"
+    )
+    currency: str = Field("USD", max_length=8, description="of the prices")
+    max_failures: int = Field(
+        20, ge=0, description="iterations in a row without any reply (dead server, empty texts) that end a run; 0 = no"
+    )
+    review: bool = Field(
+        False, description="children wait until a person lets them in (espl-train review RUN); short form --review"
+    )
 
 
 class EvaluationConfig(Section):
@@ -303,4 +339,5 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     rating: RatingConfig = RatingConfig()
     evolution: EvolutionConfig = EvolutionConfig()
+    reflection: ReflectionConfig = ReflectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -35,7 +35,8 @@ class Purpose:
     prompt: str = ""
 
 
-PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=Purpose())
+UNSAID = Purpose()
+PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=UNSAID)
 
 
 @contextmanager

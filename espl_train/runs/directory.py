@@ -19,6 +19,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,11 +28,13 @@ from espl_train.config import Config
 from espl_train.runs import checkpoint
 from espl_train.runs.metrics import RunLog, TensorBoard, plain
 from espl_train.settings import differences, from_toml, override, to_toml
+from espl_train.settings.options import options
 
 HARMLESS = (
     *("steps", "keep_checkpoints", "tensorboard", "overlap", "model.device", "model.threads"),
     *("learner.parallel", "learner.rank_timeout"),
     *("sandbox.max_live", "sandbox.warm", "sandbox.lease_timeout"),
+    *("evolution.reflector", "reflection.*"),
 )
 BOOKKEEPING = "run"
 CONFIG, LOCK = "config.toml", ".lock"
@@ -206,7 +209,7 @@ def read_config(path: Path) -> Config:
 def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration with which the run in `path` goes on. Raises RunError for an override that would change it."""
     config = override(stored, overrides)
-    changed = differences(stored, config, HARMLESS)
+    changed = differences(stored, config, [key for key in options() if any(fnmatchcase(key, name) for name in HARMLESS)])
     if "out" in changed:
         raise RunError(f"A run continues in its own directory {path}: leave --out away.")
     if changed:

@@ -13,13 +13,17 @@ from espl_train.config import Config, LearnerConfig
 from espl_train.settings.options import ConfigError
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+OURS = frozenset(("messages", "model", "temperature", "max_tokens", "max_completion_tokens", "seed", "n", "stream"))
 
 RESIDENTS = 4      # root, elite, and the two children of a step: none of them may be dropped at once
 
 
 def check(config: Config) -> None:
     """Raises ConfigError with one sentence per combination that cannot work."""
-    problems = [*_sampling(config), *_learning(config), *_evolution(config), *_rest(config)]
+    problems = [
+        *_sampling(config), *_learning(config), *_evolution(config), *_reflection(config), *_rest(config)
+    ]  # fmt: skip
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -101,6 +105,31 @@ def _evolution(config: Config) -> Iterator[str]:
             yield f"Principle {number} of evolution.root has {words} words, evolution.max_words is {most}."
         if not text.strip():
             yield f"Principle {number} of evolution.root is empty."
+
+
+def _reflection(config: Config) -> Iterator[str]:
+    """What is said here never repeats a value that may hold a key by mistake."""
+    asked, reflector = config.reflection, config.evolution.reflector
+    if reflector == "endpoint" and not (asked.base_url and asked.model):
+        yield "evolution.reflector is endpoint: say which, with --reflection.base_url URL and --reflection.model NAME."
+    if reflector != "endpoint":
+        for name in ("base_url", "model", "extra"):
+            if getattr(asked, name):
+                yield f"reflection.{name} is given, but evolution.reflector is {reflector}; it takes endpoint for that."
+    if not VARIABLE.fullmatch(asked.api_key_env):
+        yield "reflection.api_key_env is not the NAME of an environment variable in capitals; it never takes the key."
+    if any(mark in (asked.base_url or "") for mark in "@?#"):
+        yield "reflection.base_url holds more than an address: a key comes from the variable that api_key_env names."
+    for name in sorted(OURS & asked.extra.keys()):
+        yield f"reflection.extra.{name} cannot be set there: every request has a {name} of its own."
+    if asked.cache == "off" and asked.cache_dir:
+        yield "reflection.cache_dir is given, but reflection.cache is off; it takes record, replay or replay_only."
+    if asked.cache.startswith("replay") and not asked.cache_dir:
+        yield f"reflection.cache is {asked.cache}: name what was recorded, with --reflection.cache_dir RUN/reflections."
+    if asked.max_cost is not None and asked.prices is None:
+        yield "reflection.max_cost needs the prices, as in --reflection.prices 2.5,10."
+    if asked.prices is not None and min(asked.prices) < 0:
+        yield f"reflection.prices are {list(asked.prices)}; none can be below 0."
 
 
 def _rest(config: Config) -> Iterator[str]:

@@ -24,7 +24,10 @@ from espl_train.settings.options import (
     sections,
 )
 
-SHORT = {"env": "env.id", "model": "model.path", "engine": "engine.kind", "test-env": "env.test_id"}
+SHORT = {
+    "env": "env.id", "model": "model.path", "engine": "engine.kind", "test-env": "env.test_id",
+    "review": "reflection.review",
+}  # fmt: skip
 VALUES = ("config", "preset", "resume")
 TOOLS = "env.args.tools"
 FLAGS = ("dry-run", "quiet", "help", "version")
@@ -39,6 +42,7 @@ espl-train trains a language model's weights and its system prompt together (E-S
   espl-train --preset aimo_beyondaime             an experiment of the paper
   espl-train --resume runs/NAME                   continue a run where it stopped
   espl-train serve runs/NAME                      answer OpenAI's protocol with what it has trained (serve --help)
+  espl-train review runs/NAME                     read the children that wait, let them in or not (review --help)
 """
 COMMAND_OPTIONS = (
     ("--env ID", "environment to train on (env.id)"),
@@ -48,6 +52,7 @@ COMMAND_OPTIONS = (
     ("--engine NAME", "who samples: local or vllm (engine.kind)"),
     ("--preset NAME", "settings by name, see below; may be given several times"),
     ("--config FILE", "a TOML file; wins over presets, loses to the command line"),
+    ("--review", "children wait for a person, who decides with espl-train review RUN (reflection.review)"),
     ("--resume RUN", "continue the run in this directory, with its own settings"),
     ("--dry-run", "print the settings and what would happen, then stop"),
     ("--quiet", "print the summary only"),
