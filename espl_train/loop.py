@@ -8,7 +8,6 @@ are keyed by (seed, step, …), so a resumed run is the same run.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,23 +20,20 @@ from espl_train.completion import EngineCompleter
 from espl_train.config import Config
 from espl_train.engines.choice import engine_for
 from espl_train.evaluation import Evaluation, metrics
-from espl_train.evolution.breeding import Breeder, BreedingReport
+from espl_train.evolution.breeding import BreedingReport
 from espl_train.evolution.population import Population
 from espl_train.evolution.templates import TemplateSet
-from espl_train.learner.advantages import assign
+from espl_train.island import Batch, Island, Round, play
 from espl_train.learner.ranks import ALONE, Ranks
-from espl_train.learner.shaping import Shaping
 from espl_train.learner.update import Learner
-from espl_train.lengths import Lengths
-from espl_train.overlap import beside, overlaps
-from espl_train.problems import Deck, Problems, ProblemSets
+from espl_train.overlap import beside, overlaps, together
+from espl_train.problems import Part, ProblemSets
 from espl_train.profiling import Phases, Profile, Spent
-from espl_train.records import Group, Rollout, RolloutKey, grouped
-from espl_train.report import IterationReport, Totals
-from espl_train.rollout import Collector, Job
+from espl_train.records import Rollout
+from espl_train.report import IslandReport, IterationReport, Totals
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
-from espl_train.runs.summary import Score, Summary
+from espl_train.runs.summary import Summary
 from espl_train.sandboxes import Boxes, equipped, wanted
 
 PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
@@ -54,21 +50,15 @@ class Trainer:
         self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None
     ) -> None:
         self.config, self.run, self.console = config, run, console
-        self.sets = ProblemSets.of(equipped(config))
-        parts = (self.sets.train, self.sets.validation, self.sets.test)
-        self.boxes = Boxes(config.sandbox, wanted(problems.env for problems in parts))
+        sets = ProblemSets.of(equipped(config))
+        self.boxes = Boxes(config.sandbox, wanted(problems.env for problems in sets))
         self.learner = Learner.of(config, ranks)
         self.policy = self.learner.policy
         self.engine = engine_for(config, self.policy)
         self.overlaps = overlaps(config, self.engine, self.policy.device.type)
         self.chat = Chat(self.policy.tokenizer)
-        self.shaping = Shaping(config.learner, config.rollout, frozenset(self.chat.stop_ids))
-        self.deck = Deck(self.sets.train, config.seed)
-        self.templates = TemplateSet.load(config.model.templates or self.policy.templates)
-        self.population = Population(config.evolution, config.rating, config.seed)
-        self.breeder = Breeder(config.evolution, self.templates, config.seed, self.policy.tokenizer.all_special_tokens)
-        self.collectors = {problems.part: self._collector(problems) for problems in parts}
-        self.lengths = Lengths()
+        templates = TemplateSet.load(config.model.templates or self.policy.templates)
+        self.islands = [Island(config, sets, self.boxes, self.chat, self.engine, templates)]
         self.totals = Totals()
         self.profile = profile
         self.phases = profile.phases if profile else Phases()
@@ -91,8 +81,8 @@ class Trainer:
                 self._persist(self.iterate())
             return self._finish()
         finally:
-            for collector in self.collectors.values():
-                collector.close()
+            for island in self.islands:
+                island.close()
             self.engine.close()
             self.boxes.close()
 
@@ -103,112 +93,94 @@ class Trainer:
         if self.profile:
             self.profile.begin(self.step, self.first, config.steps)
         with self.phases("select"):
-            players = self.population.select(self.step, config.rollout.prompts, config.rollout.samples)
-        groups, batch = self._batch(players)
-        completer = EngineCompleter(self.engine, self.chat, config.evolution, self.policy.version)
-        bred, update = self._reflect_and_learn(groups, completer)
+            batches = [Batch.of(island, self.step, config.rollout.problems) for island in self.islands]
+        counts = self._play_out(batches)
+        completers = [EngineCompleter(self.engine, self.chat, config.evolution, self.policy.version) for _ in batches]
+        bred, update = self._reflect_and_learn(batches, completers)
         with self.phases("rating"):
-            match = self.population.rate(groups) if config.mode != "rl" else None
-            born = self.population.add(bred.children, self.step) if bred else ()
+            settled = [b.island.settle(self.step, b.groups, brood) for b, brood in zip(batches, bred, strict=True)]
         validation = self._validate(final=self.step == config.steps) if self._validates() else {}
+        parts = {}
+        for batch, completer, brood, (match, born) in zip(batches, completers, bred, settled, strict=True):
+            island, found = batch.island, validation.get(batch.island.name, {})
+            parts[island.name] = IslandReport(
+                tuple(batch.groups), match, brood, born, completer.tokens, found,
+                island.best(found, self.step == config.steps), batch.metrics(),
+            )
         seconds = time.perf_counter() - started
-        done = IterationReport(
-            self.step, tuple(groups), update, match, bred, born, completer.tokens, validation,
-            self._best(validation), seconds, {**batch, **self.phases.take()},
-        )
-        self.totals = self.totals.plus(done.rollouts, completer.tokens, seconds)
+        done = IterationReport(self.step, parts, update, seconds, {**counts, **self.phases.take()})
+        self.totals = self.totals.plus(done.rollouts, done.reflection_tokens, seconds)
         return done
 
     def evaluate(
-        self, problems: Problems, prompts: Sequence[str], most: int, name: str, base: bool = False
-    ) -> dict[str, Evaluation]:
-        """The score of each prompt on the same problems, with the current weights or (`base`) those of the start."""
-        if not prompts:
-            return {}
-        chosen = problems.sample(self.config.seed, most)
-        players = dict.fromkeys(prompts, self.config.evaluation.samples)
-        rollouts = self._play(problems, players, chosen, self.config.evaluation.temperature, name, base)
-        return {prompt: Evaluation.of([r for r in rollouts if r.key.prompt == prompt]) for prompt in prompts}
+        self, part: Part, prompts: Mapping[str, Sequence[str]], most: int, name: str, base: bool = False
+    ) -> dict[str, dict[str, Evaluation]]:
+        """By island, the score of each prompt on the island's same problems of `part`, at most `most`, with the current
+        weights or (`base`) those of the start."""
+        rounds = [i.evaluation(part, prompts[i.name], most) for i in self.islands if prompts.get(i.name)]
+        played = self._play(rounds, self.config.evaluation.temperature, name, base) if rounds else []
+        return {
+            r.island.name: {p: Evaluation.of([x for x in rollouts if x.key.prompt == p]) for p in r.players}
+            for r, rollouts in zip(rounds, played, strict=True)
+        }
 
-    def text(self, prompt: str) -> str:
-        """A system prompt as the model sees it: in training, in evaluation and in every export."""
-        return self.templates.system(self.population[prompt].principles)
-
-    def _batch(self, players: Mapping[str, int]) -> tuple[list[Group], dict[str, float]]:
-        """The groups of one iteration with their advantages, and how they came about.
-
-        With `rollout.dynamic_rounds`, problems without contrast are followed by others of the epoch until there are B
-        with contrast, or the rounds or the epoch are used up. All that was played counts for ratings, reflection and
-        reports: prompts compared only where some of them failed would be compared on problems picked by the outcome.
-        """
-        rollout, learner = self.config.rollout, self.config.learner
-        groups: list[Group] = []
-        played: list[Rollout] = []
-        mixed: set[int] = set()
-        rounds, indices = 0, self.deck.batch(rollout.problems)
+    def _play_out(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Play all batches to their ends, all islands at once; what the engine counted meanwhile."""
         self.engine.counts()                         # of whatever came before
-        while indices:
-            name = f"rollouts, round {rounds + 1}" if rounds else "rollouts"
-            found = self._play(self.sets.train, players, indices, rollout.temperature, name, earlier=played)
-            played += found
-            groups += assign(grouped(found), learner.baseline, learner.divide_by_std, self.shaping)
-            mixed |= {group.task for group in groups if group.contrast}
-            rounds += 1
-            indices = self.deck.more(rollout.problems - len(mixed)) if rounds <= rollout.dynamic_rounds else []
-        problems = len({group.task for group in groups})
-        counts = {"dynamic/rounds": rounds, "dynamic/problems": problems, "dynamic/contrast": len(mixed)}
-        rare = counts if rollout.dynamic_rounds else {}
-        return groups, {**rare, **self.shaping.metrics(played), **self.engine.counts()}
+        while rounds := [due for batch in batches if (due := batch.due())]:
+            again = max(batch.rounds for batch in batches)
+            name = f"rollouts, round {again + 1}" if again else "rollouts"
+            played = self._play(rounds, self.config.rollout.temperature, name)
+            found = {round.island: rollouts for round, rollouts in zip(rounds, played, strict=True)}
+            for batch in batches:
+                if batch.island in found:
+                    batch.take(found[batch.island])
+        return dict(self.engine.counts())
 
     def _play(
-        self, problems: Problems, players: Mapping[str, int], indices: Sequence[int], temperature: float, name: str,
-        base: bool = False, earlier: Sequence[Rollout] = (),
-    ) -> list[Rollout]:
-        """Every player on every problem, as often as `players` says, all concurrently, long ones first."""
+        self, rounds: Sequence[Round], temperature: float, name: str, base: bool = False
+    ) -> list[list[Rollout]]:
+        """All rounds (of one part of the problems) at once; their rollouts, round by round."""
         with self.phases("sync"):
             self.engine.load_policy(self.policy.version)
-        keys = [
-            RolloutKey(self.step, prompt, index, sample, split=problems.part)
-            for prompt, samples in players.items()
-            for index in indices
-            for sample in range(samples)
-        ]
-        jobs = [Job(key, self.text(key.prompt), self.lengths.expected(key)) for key in keys]
         policy = None if base else self.policy.version
-        with self._phase(PHASES[problems.part], name, len(jobs)) as spent:
-            played = self.collectors[problems.part].collect(
-                jobs, policy, temperature, self.console.progress, earlier=earlier
-            )
-            spent.tokens += sum(rollout.sampled_tokens for rollout in played)
-        self.lengths.learn(played)
+        part = rounds[0].problems.part
+        with self._phase(PHASES[part], name, sum(map(len, rounds))) as spent:
+            played = background.run_through(play(rounds, self.step, policy, temperature, self.console.progress))
+            spent.tokens += sum(rollout.sampled_tokens for rollouts in played for rollout in rollouts)
         return played
 
     def _reflect_and_learn(
-        self, groups: Sequence[Group], completer: EngineCompleter
-    ) -> tuple[BreedingReport | None, report.UpdateReport | None]:
+        self, batches: Sequence[Batch], completers: Sequence[EngineCompleter]
+    ) -> tuple[Sequence[BreedingReport | None], report.UpdateReport | None]:
         """Both need the groups and nothing of each other: at once where that is faster, with the same results."""
         mode = self.config.mode
         if mode == "evolution_rl" and self.overlaps:
-            with beside(self._breed(groups, completer)) as breeding:
-                update = self._update(groups, "update and reflection")
+            with beside(self._breed(batches, completers)) as breeding:
+                update = self._update(batches, "update and reflection")
             return breeding.result(), update
-        bred = None
+        bred: Sequence[BreedingReport | None] = [None] * len(batches)
         if mode != "rl":
             self.console.phase("reflection")
-            bred = background.run_through(self._breed(groups, completer))
-        return bred, self._update(groups) if mode != "evolution" else None
+            bred = background.run_through(self._breed(batches, completers))
+        return bred, self._update(batches) if mode != "evolution" else None
 
-    async def _breed(self, groups: Sequence[Group], completer: EngineCompleter) -> BreedingReport:
+    async def _breed(
+        self, batches: Sequence[Batch], completers: Sequence[EngineCompleter]
+    ) -> Sequence[BreedingReport]:
         with self.phases("reflection") as spent:
-            tasks = self.sets.train.tasks
-            bred = await self.breeder.breed(self.step, self.population, groups, tasks, completer.complete)
-            spent.tokens += completer.tokens
+            bred = await together(
+                batch.island.breed(self.step, batch.groups, completer.complete)
+                for batch, completer in zip(batches, completers, strict=True)
+            )
+            spent.tokens += sum(completer.tokens for completer in completers)
             return bred
 
-    def _update(self, groups: Sequence[Group], shown: str = "") -> report.UpdateReport:
+    def _update(self, batches: Sequence[Batch], shown: str = "") -> report.UpdateReport:
+        """One step of the optimiser, over the groups of all islands."""
         with self._phase("update", shown) as spent:
             self.engine.pause()
-            update = self.learner.update(groups)
+            update = self.learner.update([group for batch in batches for group in batch.groups])
             self.engine.resume()
             spent.tokens += update.computed
             return update
@@ -223,34 +195,29 @@ class Trainer:
         every = self.config.evaluation.every
         return self.step == self.config.steps or bool(every and self.step % every == 0)
 
-    def _validate(self, final: bool) -> dict[str, float]:
-        """The root and the best rated; at the end all that may be chosen."""
-        root, top = self.population.root.id, self.population.top(self.config.evaluation.prompts if final else 1)
-        prompts = list(dict.fromkeys([root, *top]))
-        found = self.evaluate(self.sets.validation, prompts, self.config.evaluation.problems, "validation")
-        return metrics(found, root, top[0])
-
-    def _best(self, validation: Mapping[str, float]) -> str:
-        """The prompt of the moment: the best rated; at the end the one that the configured choice names."""
-        if self.step < self.config.steps:
-            return self.population.elite.id
-        scores = {m.prompt.id: validation.get(f"validation/{m.prompt.id}") for m in self.population.members}
-        known = {prompt: score for prompt, score in scores.items() if score is not None and math.isfinite(score)}
-        return self.population.best(self.config.evaluation.choice, known).id
+    def _validate(self, final: bool) -> dict[str, dict[str, float]]:
+        """By island: the root and the best rated; at the end all that may be chosen."""
+        evaluation = self.config.evaluation
+        prompts = {i.name: i.candidates(evaluation.prompts if final else 1) for i in self.islands}
+        found = self.evaluate("validation", prompts, evaluation.problems, "validation")
+        return {i.name: metrics(found[i.name], i.population.root.id, i.population.top(1)[0]) for i in self.islands}
 
     def _begin(self) -> None:
-        """Where the run starts from: the root prompt on the base weights."""
-        for part in (self.sets.train, self.sets.validation, self.sets.test):
-            self.console.note(f"{part.part}: {part}")
-        root = self.population.root.id
-        found = self.evaluate(self.sets.validation, [root], self.config.evaluation.problems, "validation")
-        self.run.log.metrics({"step": 0, **metrics(found, root, root), **self.boxes.metrics(), **self.phases.take()})
+        """Where the run starts from: the root prompts on the base weights."""
+        for problems in (problems for island in self.islands for problems in island.sets):
+            self.console.note(f"{problems.part}: {problems}")
+        roots = {island.name: island.population.root.id for island in self.islands}
+        prompts = {name: [root] for name, root in roots.items()}
+        found = self.evaluate("validation", prompts, self.config.evaluation.problems, "validation")
+        (start,) = (metrics(found[name], root, root) for name, root in roots.items())
+        self.run.log.metrics({"step": 0, **start, **self.boxes.metrics(), **self.phases.take()})
         self._checkpoint()
 
     def _persist(self, done: IterationReport) -> None:
-        record = {**done.metrics(self.population), **self.boxes.metrics()}
-        self.run.write_rollouts(done.step, (r for group in done.groups for r in group.rollouts))
-        for kind, details in done.events(self.population):
+        populations = self._populations()
+        record = {**done.metrics(populations), **self.boxes.metrics()}
+        self.run.write_rollouts(done.step, done.rollouts)
+        for kind, details in done.events(populations):
             self.run.log.event(done.step, kind, **details)
         self.run.log.metrics(record)
         if done.step % self.config.checkpoint_every == 0 or done.step == self.config.steps:
@@ -258,20 +225,19 @@ class Trainer:
         if self.profile:
             self.profile.write()
         self.console.step(record)
-        for note in done.notes(self.population):
+        for note in done.notes(populations):
             self.console.note(note)
+
+    def _populations(self) -> dict[str, Population]:
+        return {island.name: island.population for island in self.islands}
 
     def _checkpoint(self) -> None:
         """Everything that the next step depends on, in one transaction."""
         with self.phases("checkpoint"):
-            state = {
-                "population": self.population.to_json(),
-                "breeder": self.breeder.state(),
-                "totals": self.totals.to_json(),
-                "deck": self.deck.position,
-                "lengths": self.lengths.to_json(),
-            }
+            islands = {island.name: island.state() for island in self.islands}
+            (state,) = islands.values()
             self.run.write_population(state["population"])
+            state = {"islands": islands, "totals": self.totals.to_json()}
             self.run.save(self.step, {"state": state, "learner": self.learner.state_dict()})
 
     def _restore(self) -> bool:
@@ -280,34 +246,26 @@ class Trainer:
         if saved is None:
             return False
         self.step, payloads = saved
-        state = payloads["state"]
         self.learner.load_state_dict(payloads["learner"])
-        config = self.config
-        self.population = Population.from_json(state["population"], config.evolution, config.rating, config.seed)
-        self.breeder.restore(state["breeder"])
-        self.totals = Totals(**state["totals"])
-        self.deck = Deck(self.sets.train, config.seed, state["deck"])
-        self.lengths = Lengths.from_json(state["lengths"])
+        for island in self.islands:
+            island.restore(payloads["state"]["islands"][island.name])
+        self.totals = Totals(**payloads["state"]["totals"])
         return True
 
     def _finish(self) -> Summary:
         """Choose by validation, then test: the start, each half alone, and both together."""
         history = report.history(self.run.path)
-        root, best = self.population.root.id, str(history[-1]["best"])
-        prompts, most = list(dict.fromkeys([root, best])), self.config.evaluation.test_problems
-        start = self.evaluate(self.sets.test, prompts, most, "test, base weights", base=True)
-        after = self.evaluate(self.sets.test, prompts, most, "test") if self.config.mode != "evolution" else {}
-        table = report.table(start, after, root, best)
+        (island,) = self.islands
+        root, best = island.population.root.id, str(history[-1]["best"])
+        prompts, most = {island.name: list(dict.fromkeys([root, best]))}, self.config.evaluation.test_problems
+        start = self.evaluate("test", prompts, most, "test, base weights", base=True)
+        after = self.evaluate("test", prompts, most, "test") if self.config.mode != "evolution" else {}
+        table = report.table(start.get(island.name, {}), after.get(island.name, {}), root, best)
         self.run.log.event(self.step, "test", scores={s.name: s.mean for s in table}, best=best)
         opened = report.opened(self.run.path, self.step)
         self.policy.save_adapter(self.run.path / "policy")
         scores = (*report.validation_table(history, root, best), *table)
         notes = report.notes(self.config.evaluation, self.totals, chosen=best != root)
-        return self._summary(best, scores, history, (*self.boxes.notes(), *notes, *opened))
-
-    def _summary(
-        self, best: str, scores: tuple[Score, ...], history: Sequence[Mapping[str, object]], notes: tuple[str, ...]
-    ) -> Summary:
         return Summary(
             run=self.run.path,
             steps=self.step,
@@ -316,12 +274,8 @@ class Trainer:
             rollouts=self.totals.rollouts,
             faulted=self.totals.faulted,
             best=best,
-            prompt=self.text(best),
+            prompt=island.text(best),
             scores=scores,
             history=tuple(history),
-            notes=notes,
+            notes=(*self.boxes.notes(), *notes, *opened),
         )
-
-    def _collector(self, problems: Problems) -> Collector:
-        rollout = self.boxes.limited(self.config.rollout)
-        return Collector(problems.make, self.chat, self.engine, rollout, self.config.seed)

@@ -1,10 +1,10 @@
-"""Two branches of an iteration at once: a coroutine on the environments' loop, and what the calling thread does."""
+"""What happens at once in an iteration: branches of it on the environments' loop, and what the calling thread does."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -60,3 +60,13 @@ def beside(coroutine: Coroutine[Any, Any, T]) -> Iterator[Future[T]]:
         if future.cancel():
             ended.wait(GRACE)
         raise
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all of them, in their order. What fails first ends the others, and is raised alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

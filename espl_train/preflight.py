@@ -56,7 +56,7 @@ def _all_arguments(config: Config) -> None:
 
 def _environment(config: Config, sets: ProblemSets) -> Iterator[tuple[str, str]]:
     yield "environment", config.env.id + (f", tested on {config.env.test_id}" if config.env.test_id else "")
-    for problems in (sets.train, sets.validation, sets.test):
+    for problems in sets:
         yield f"  {problems.part}", str(problems)
 
 
@@ -70,7 +70,7 @@ def _arguments(env_id: str, args: dict[str, Any], key: str) -> None:
 
 
 def _boxes(config: Config, sets: ProblemSets, dry: bool) -> Iterator[tuple[str, str]]:
-    settings = wanted(problems.env for problems in (sets.train, sets.validation, sets.test))
+    settings = wanted(problems.env for problems in sets)
     if settings is not None:
         yield from check(settings, config.sandbox, dry)
 

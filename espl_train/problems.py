@@ -7,7 +7,7 @@ the task's id (70 % train, 15 % validation, 15 % test), the same parts in every 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -121,6 +121,12 @@ class ProblemSets:
             return _whole(name, config.id, config.args, name)
 
         return cls(part("train"), part("validation"), part("test"))
+
+    def __iter__(self) -> Iterator[Problems]:
+        return iter((self.train, self.validation, self.test))
+
+    def __getitem__(self, part: Part) -> Problems:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[part]
 
 
 def _open(env_id: str, args: dict[str, Any], split: str | None = None) -> TextEnv:

@@ -23,7 +23,10 @@ from espl_train.runs import seal
 from espl_train.runs.metrics import read_lines
 from espl_train.runs.summary import Score
 
-__all__ = ["IterationReport", "Totals", "UpdateReport", "history", "notes", "opened", "table", "validation_table"]
+__all__ = [
+    "IslandReport", "IterationReport", "Totals", "UpdateReport", "history", "notes", "opened", "table",
+    "validation_table",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +55,16 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class IterationReport:
-    """One finished iteration. Parts that the mode leaves out are None."""
+class IslandReport:
+    """What an iteration came to on one island. Parts that the mode leaves out are None."""
 
-    step: int
     groups: tuple[Group, ...]
-    update: UpdateReport | None
     match: Mapping[str, Any] | None          # what Population.rate returned
     bred: BreedingReport | None
     born: tuple[SystemPrompt, ...]
     reflection_tokens: int
     validation: Mapping[str, float]
     best: str                                # the prompt of the moment; after the last step the chosen one
-    seconds: float
     batch: Mapping[str, float] = field(default_factory=dict)     # how it came about: dynamic sampling, shaping
 
     @property
@@ -72,28 +72,10 @@ class IterationReport:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
     def metrics(self, population: Population) -> dict[str, Any]:
-        """The flat record of metrics.jsonl: numbers, and `parents/<id>` as text."""
-        rollouts = self.rollouts
-        rewards = [r.reward for r in rollouts if not r.faulted]
-        record: dict[str, Any] = {"step": self.step, "reward/mean": _mean(rewards)}
+        """Its part of a record of metrics.jsonl: numbers, and `parents/<id>` as text."""
+        record = {**played(self.groups, self.reflection_tokens), **self.batch}
         for prompt in dict.fromkeys(group.prompt for group in self.groups):
             record[f"reward/{prompt}"] = _mean([x for g in self.groups if g.prompt == prompt for x in g.rewards])
-        contrast = sum(len(set(group.rewards)) > 1 for group in self.groups)
-        record |= {
-            "rollouts/count": len(rollouts),
-            "rollouts/faulted": sum(r.faulted for r in rollouts),
-            "rollouts/turns": _mean([float(len(r.turns)) for r in rollouts]),
-            "rollouts/forks": sum(r.forks for r in rollouts),
-            "groups/contrast": contrast / len(self.groups),
-            "tokens/sampled": sum(r.sampled_tokens for r in rollouts),
-            "tokens/reflection": self.reflection_tokens,
-        }
-        record |= {**_tools(rollouts), **self.batch}
-        record |= {f"stop/{reason}": count for reason, count in sorted(Counter(r.stop for r in rollouts).items())}
-        if self.update is not None:
-            numbers = {key: value for key, value in asdict(self.update).items() if isinstance(value, int | float)}
-            record |= {f"update/{key}": value for key, value in numbers.items()}
-            record["update/skipped"] = float(self.update.skipped is not None)
         if self.match is not None:
             for prompt, rating in self.match["ratings"].items():
                 record |= {f"rating/{prompt}/mu": rating["mu"], f"rating/{prompt}/sigma": rating["sigma"]}
@@ -102,25 +84,29 @@ class IterationReport:
             rating = population.rating(child.id)
             record |= {f"rating/{child.id}/mu": rating.mu, f"rating/{child.id}/sigma": rating.sigma}
             record[f"parents/{child.id}"] = "+".join(child.parents)
-        if self.bred is not None:
-            record["evolution/children"] = len(self.born)
-            record["evolution/calls"] = self.bred.calls
-            record["evolution/rejections"] = sum(self.bred.rejections.values())
-        return {**record, **self.validation, "best": self.best, "seconds": self.seconds}
+        return {**record, **self.evolution(), **self.validation, "best": self.best}
+
+    def evolution(self) -> dict[str, int]:
+        """What reflection brought and took; nothing in mode `rl`."""
+        if self.bred is None:
+            return {}
+        return {
+            "evolution/children": len(self.born),
+            "evolution/calls": self.bred.calls,
+            "evolution/rejections": sum(self.bred.rejections.values()),
+        }
 
     def events(self, population: Population) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every decision of the iteration, for events.jsonl: what it was, and its details."""
+        """Every decision on the island, for events.jsonl: what it was, and its details."""
         if self.match is not None:
             yield "match", dict(self.match)
-        if self.update is not None and self.update.skipped:
-            yield "update_skipped", {"reason": self.update.skipped}
         for event in self.bred.events if self.bred else ():
             yield event["event"], {key: value for key, value in event.items() if key not in ("event", "step")}
         for child in self.born:
             yield "born", {**asdict(child), "rating": asdict(population.rating(child.id))}
 
     def notes(self, population: Population) -> Iterator[str]:
-        """What a person should hear about the iteration."""
+        """What a person should hear of it: who was born, and with what."""
         for child in self.born:
             before = {text for parent in child.parents if parent in population for text in population[parent].texts}
             new = [text for text in child.texts if text not in before]
@@ -128,10 +114,67 @@ class IterationReport:
             change = "; ".join(f"“{text}”" for text in new) or "nothing new"
             dropped = f", {gone} dropped" if gone else ""
             yield f"{child.id} born by {child.operator} of {' and '.join(child.parents)}: {change}{dropped}"
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReport:
+    """One finished iteration: what it came to on each island, by name, and what they have in common."""
+
+    step: int
+    islands: Mapping[str, IslandReport]
+    update: UpdateReport | None
+    seconds: float
+    shared: Mapping[str, float] = field(default_factory=dict)    # the engine's counts, seconds by phase
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for island in self.islands.values() for rollout in island.rollouts]
+
+    @property
+    def reflection_tokens(self) -> int:
+        return sum(island.reflection_tokens for island in self.islands.values())
+
+    def metrics(self, populations: Mapping[str, Population]) -> dict[str, Any]:
+        """The flat record of metrics.jsonl."""
+        (record,) = (island.metrics(populations[name]) for name, island in self.islands.items())
+        if self.update is not None:
+            numbers = {key: value for key, value in asdict(self.update).items() if isinstance(value, int | float)}
+            record |= {f"update/{key}": value for key, value in numbers.items()}
+            record["update/skipped"] = float(self.update.skipped is not None)
+        return {"step": self.step, **record, **self.shared, "seconds": self.seconds}
+
+    def events(self, populations: Mapping[str, Population]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every decision of the iteration, for events.jsonl: what it was, and its details."""
+        for name, island in self.islands.items():
+            yield from island.events(populations[name])
+        if self.update is not None and self.update.skipped:
+            yield "update_skipped", {"reason": self.update.skipped}
+
+    def notes(self, populations: Mapping[str, Population]) -> Iterator[str]:
+        """What a person should hear about the iteration."""
+        for name, island in self.islands.items():
+            yield from island.notes(populations[name])
         if self.update is not None and self.update.skipped:
             yield f"no weight update: {self.update.skipped}"
         if self.update is not None:
             yield from self.update.notes
+
+
+def played(groups: Sequence[Group], reflection_tokens: int) -> dict[str, Any]:
+    """What was played, as metrics: rewards, counts, contrast, tokens, tools, and why episodes ended."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        "reward/mean": _mean([r.reward for r in rollouts if not r.faulted]),
+        "rollouts/count": len(rollouts),
+        "rollouts/faulted": sum(r.faulted for r in rollouts),
+        "rollouts/turns": _mean([float(len(r.turns)) for r in rollouts]),
+        "rollouts/forks": sum(r.forks for r in rollouts),
+        "groups/contrast": sum(len(set(group.rewards)) > 1 for group in groups) / len(groups),
+        "tokens/sampled": sum(r.sampled_tokens for r in rollouts),
+        "tokens/reflection": reflection_tokens,
+        **_tools(rollouts),
+        **{f"stop/{reason}": count for reason, count in sorted(Counter(r.stop for r in rollouts).items())},
+    }
 
 
 def history(run: Path) -> list[dict[str, Any]]:

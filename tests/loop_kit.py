@@ -12,7 +12,7 @@ import pytest
 
 from espl_envs.core.messages import Message
 from espl_envs.core.tasks import Task
-from espl_train import loop
+from espl_train import island
 from espl_train.config import Config
 from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.population import Population
@@ -44,7 +44,7 @@ def by_turns(key: RolloutKey, policy: int | None) -> float:
 
 @dataclass(frozen=True)
 class Play:
-    """One call of `collect`, as it would have been played."""
+    """One call of `acollect`, as it would have been played."""
 
     split: str              # of the environment, not of the key
     policy: int | None
@@ -85,7 +85,7 @@ def deal(monkeypatch: pytest.MonkeyPatch, reward: Reward = by_turns) -> Theatre:
     """From now on collectors deal the rewards that `reward` says, and everything that a step does is written down."""
     theatre = Theatre()
 
-    def collect(
+    async def acollect(
         self: Collector, jobs: Sequence[Job], policy: int | None, temperature: float | None = None,
         progress: object = None, top_p: float | None = None, earlier: Sequence[Rollout] = (),
     ) -> list[Rollout]:
@@ -96,9 +96,9 @@ def deal(monkeypatch: pytest.MonkeyPatch, reward: Reward = by_turns) -> Theatre:
         theatre.plays.append(Play(split, policy, temperature, jobs, rollouts))
         return rollouts
 
-    monkeypatch.setattr(Collector, "collect", collect)
+    monkeypatch.setattr(Collector, "acollect", acollect)
     noted = {
-        "select": (Population, "select"), "advantages": (loop, "assign"), "reflection": (Breeder, "breed"),
+        "select": (Population, "select"), "advantages": (island, "assign"), "reflection": (Breeder, "breed"),
         "update": (Learner, "update"), "rate": (Population, "rate"), "insert": (Population, "add"),
         "rollouts": (RunDirectory, "write_rollouts"), "metrics": (RunLog, "metrics"), "save": (RunDirectory, "save"),
         "show": (Console, "step"),

@@ -77,7 +77,7 @@ def test_the_test_split_is_played_only_after_the_last_step(model: Path, out: Pat
 
 def test_every_part_plays_its_own_problems_and_no_others(model: Path, out: Path, theatre: Theatre) -> None:
     trainer, _ = run(config(model, out, steps=3, **{"evaluation.every": 1, "env.holdout_from": "train"}))
-    for problems in (trainer.sets.train, trainer.sets.validation, trainer.sets.test):
+    for problems in trainer.islands[0].sets:
         played = [play for play in theatre.plays if keys([play])[0].split == problems.part]
         assert played and {key.task for key in keys(played)} <= set(problems.indices)
     assert len({key.split for key in keys(theatre.plays)}) == 3
@@ -88,7 +88,8 @@ TWICE = {"evaluation.samples": 2, "evaluation.temperature": 0.5}
 
 def test_validation_and_test_play_the_same_problems_every_time(model: Path, out: Path, theatre: Theatre) -> None:
     trainer, _ = run(config(model, out, **{"evaluation.every": 1, **TWICE}))
-    for split, problems, size in (("validation", trainer.sets.validation, 3), ("test", trainer.sets.test, 4)):
+    sets = trainer.islands[0].sets
+    for split, problems, size in (("validation", sets.validation, 3), ("test", sets.test, 4)):
         for play in theatre.of(split):
             assert play.tasks == problems.sample(0, size) and play.temperature == 0.5
             assert [key.split for key in keys([play])] == [split] * (2 * size * len(play.prompts))
@@ -98,7 +99,7 @@ def test_validation_and_test_play_the_same_problems_every_time(model: Path, out:
 def test_every_step_trains_on_the_next_problems(model: Path, out: Path, theatre: Theatre) -> None:
     trainer, _ = run(config(model, out, steps=5, **{"rollout.problems": 4}))
     tasks = [play.tasks for play in theatre.of("train")]
-    deck = Deck(trainer.sets.train, 0)
+    deck = Deck(trainer.islands[0].sets.train, 0)
     assert tasks == [deck.batch(4) for _ in range(5)]
     assert sorted(task for batch in tasks for task in batch) == list(range(20))      # an epoch: every problem once
 
@@ -120,7 +121,7 @@ def test_all_players_of_a_step_play_the_same_problems_equally_often(model: Path,
 def test_prompts_are_shown_as_the_text_of_their_principles(model: Path, out: Path, theatre: Theatre) -> None:
     trainer, _ = run(config(model, out))
     for job in (job for play in theatre.plays for job in play.jobs):
-        assert job.system_prompt == trainer.text(job.key.prompt)
+        assert job.system_prompt == trainer.islands[0].text(job.key.prompt)
         assert ("Rule of step 1" in job.system_prompt) == (job.key.prompt == "p0001")
 
 
@@ -170,13 +171,13 @@ def test_the_chosen_prompt_is_the_best_validated_among_the_top_rated(
     breed_simply(monkeypatch)
     theatre = deal(monkeypatch, favouring(favourite))
     trainer, summary = run(config(model, out, steps=3, **{"evaluation.prompts": 2}))
-    assert set(trainer.population.top(2)) == {"p0001", "p0002"} and len(trainer.population) == 4
-    assert theatre.of("validation")[-1].prompts == ["p0000", *trainer.population.top(2)]
+    assert set(trainer.islands[0].population.top(2)) == {"p0001", "p0002"} and len(trainer.islands[0].population) == 4
+    assert theatre.of("validation")[-1].prompts == ["p0000", *trainer.islands[0].population.top(2)]
     if favourite == "p0003":
         assert summary.best in ("p0000", "p0001", "p0002")
     else:
         assert summary.best == favourite
-    assert summary.prompt == trainer.text(summary.best)
+    assert summary.prompt == trainer.islands[0].text(summary.best)
     assert all(play.prompts == list(dict.fromkeys(["p0000", summary.best])) for play in theatre.of("test"))
     assert list(read_lines(out / "metrics.jsonl"))[-1]["best"] == summary.best
 
@@ -199,7 +200,7 @@ def test_another_choice_does_not_ask_validation(
     breed_simply(monkeypatch)
     deal(monkeypatch, favouring("p0000"))
     trainer, summary = run(config(model, out, steps=3, **{"evaluation.choice": choice}))
-    assert summary.best == (best or trainer.population.elite.id) != "p0000"
+    assert summary.best == (best or trainer.islands[0].population.elite.id) != "p0000"
 
 
 def test_the_crossover_child_is_inserted_before_the_mutation_child(
@@ -225,7 +226,7 @@ def test_the_crossover_child_is_inserted_before_the_mutation_child(
     monkeypatch.setattr(loop.EngineCompleter, "complete", complete)
     changes = {"evolution.crossover_probability": 1.0, "rollout.samples": 16, "rollout.problems": 10}
     trainer, _ = run(config(model, out, mode="evolution", steps=2, **changes))
-    operators = [member.prompt.operator for member in trainer.population.members]
+    operators = [member.prompt.operator for member in trainer.islands[0].population.members]
     assert operators == ["root", "mutation", "crossover", "mutation"], script.stages
     assert theatre.journal.count("insert") == 2
 
@@ -240,7 +241,7 @@ def test_rl_plays_one_group_of_all_samples_per_problem_under_the_root(
         assert [g.task for g in groups] == play.tasks
         assert [r for g in groups for r in g.rollouts] == list(play.rollouts)
         assert all(set(g.advantages) == {-0.5, 0.5} for g in groups)
-    assert {key.prompt for key in keys(theatre.plays)} == {"p0000"} and len(trainer.population) == 1
+    assert {key.prompt for key in keys(theatre.plays)} == {"p0000"} and len(trainer.islands[0].population) == 1
     assert summary.best == "p0000"
 
 
@@ -323,4 +324,4 @@ def test_a_trainer_goes_on_from_its_checkpoint(model: Path, out: Path, theatre: 
         trainer._persist(trainer.iterate())
     other, summary = resume(out)
     assert [play.jobs[0].key.step for play in theatre.of("train")] == [1, 2] and summary.rollouts == 24
-    assert len(theatre.of("validation")) == 2 and other.population.members[1].prompt.born == 1
+    assert len(theatre.of("validation")) == 2 and other.islands[0].population.members[1].prompt.born == 1

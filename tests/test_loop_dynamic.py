@@ -54,7 +54,7 @@ def test_rounds_go_on_until_there_are_enough_with_contrast_or_rounds_or_epoch_ar
             played += tasks
         assert len(played) == len(set(played))
         seen = seen | set(played) if seen.isdisjoint(played) else set(played)      # the epoch so far
-        why.append((mixed(played) == 4, len(rounds) == 4, len(seen) == len(trainer.sets.train)))
+        why.append((mixed(played) == 4, len(rounds) == 4, len(seen) == len(trainer.islands[0].sets.train)))
     assert all(any(reasons) for reasons in why)
     assert max(map(len, steps(theatre).values())) > 1
     assert len(set(keys(theatre.of("train")))) == len(keys(theatre.of("train")))

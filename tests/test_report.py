@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Principle
 from espl_train.learner.update import UpdateReport
 from espl_train.records import Group, Rollout, StopReason, Turn
-from espl_train.report import IterationReport, Totals
+from espl_train.report import IslandReport, IterationReport, Totals
 
 
 def talk(reward: float, *sampled: int, stop: StopReason = StopReason.ANSWER, sample: int = 0) -> Rollout:
@@ -48,11 +49,25 @@ def family() -> tuple[Population, tuple[Any, ...]]:
     return people, (*born, *people.add([mixed], 4))
 
 
-def iteration(**parts: Any) -> IterationReport:
-    """One without any part that a mode may leave out."""
-    absent: dict[str, Any] = {"update": None, "match": None, "bred": None, "born": (), "validation": {}}
-    given: dict[str, Any] = {"step": 4, "groups": GROUPS, "reflection_tokens": 17, "best": "p0001", "seconds": 2.5}
-    return IterationReport(**{**absent, **given, **parts})
+class Alone:
+    """The report of an iteration on one island, without any part that a mode may leave out."""
+
+    def __init__(self, update: UpdateReport | None = None, **parts: Any) -> None:
+        absent: dict[str, Any] = {"match": None, "bred": None, "born": (), "validation": {}}
+        given: dict[str, Any] = {"groups": GROUPS, "reflection_tokens": 17, "best": "p0001"}
+        self.report = IterationReport(4, {"": IslandReport(**{**absent, **given, **parts})}, update, 2.5)
+
+    def metrics(self, people: Population) -> dict[str, Any]:
+        return self.report.metrics({"": people})
+
+    def events(self, people: Population) -> Iterator[tuple[str, dict[str, Any]]]:
+        return self.report.events({"": people})
+
+    def notes(self, people: Population) -> Iterator[str]:
+        return self.report.notes({"": people})
+
+
+iteration = Alone
 
 
 def test_rewards_are_means_over_what_has_one_by_prompt_and_in_all() -> None:
@@ -108,11 +123,9 @@ def test_events_tell_the_match_a_skipped_update_the_breeding_and_every_birth() -
     bred = BreedingReport((), [{"event": "mutation", "step": 4, "outcome": "child"}], 1, {}, 0)
     done = iteration(update=UpdateReport(3, "no contrast"), match={"ranks": {"p0000": 0}}, bred=bred, born=born)
     events = list(done.events(people))
-    assert events[:3] == [
-        ("match", {"ranks": {"p0000": 0}}), ("update_skipped", {"reason": "no contrast"}),
-        ("mutation", {"outcome": "child"}),
-    ]  # fmt: skip
-    births = [(kind, details["id"], details["rating"]["mu"]) for kind, details in events[3:]]
+    assert events[:2] == [("match", {"ranks": {"p0000": 0}}), ("mutation", {"outcome": "child"})]
+    assert events[-1] == ("update_skipped", {"reason": "no contrast"})
+    births = [(kind, details["id"], details["rating"]["mu"]) for kind, details in events[2:-1]]
     assert births == [("born", child.id, people.rating(child.id).mu) for child in born]
 
 

@@ -55,9 +55,9 @@ class Watched(Trainer):
         self.policy.advance(1)
         return report
 
-    def _play(self, *args: Any, **named: Any) -> list[Rollout]:
+    def _play(self, *args: Any, **named: Any) -> list[list[Rollout]]:
         found = super()._play(*args, **named)
-        self.__dict__.setdefault("played", {})[args[4]] = found
+        (self.__dict__.setdefault("played", {})[args[2]],) = found
         return found
 
 

@@ -123,7 +123,8 @@ def whole_step(run: Callable[..., None], work: Work) -> Row:
 
 def _prompts(work: Work, trainer: Any) -> list[tuple[int, ...]]:
     """Of one step: every problem as often as there are samples."""
-    asked = conversations(trainer.text(trainer.population.root.id), work.vocabulary)[: work.problems]
+    (island,) = trainer.islands
+    asked = conversations(island.text(island.population.root.id), work.vocabulary)[: work.problems]
     return [tuple(trainer.chat.open(messages)) for messages in asked for _ in range(work.samples)]
 
 

@@ -64,8 +64,8 @@ def our_trainer(work: Work) -> Iterator[Any]:
             try:
                 yield trainer
             finally:
-                for collector in trainer.collectors.values():
-                    collector.close()
+                for island in trainer.islands:
+                    island.close()
                 trainer.engine.close()
 
 

@@ -67,7 +67,7 @@ class Exhibit:
     def _run(cls, folder: Path, prompt: str, overrides: Mapping[str, Any]) -> Exhibit:
         config = override(read_config(folder), {"engine.deterministic": False, **overrides})
         step, payloads = checkpoint.read_newest(folder / CHECKPOINTS, ("state",))
-        chosen, text = _system_prompt(folder, config, step, payloads["state"]["population"], prompt)
+        chosen, text = _system_prompt(folder, config, step, payloads["state"]["islands"][""]["population"], prompt)
         offer = Offer(
             name=folder.resolve().name,
             policy=0,                                       # known once the weights are loaded

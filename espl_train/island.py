@@ -1,0 +1,211 @@
+"""One environment of a run and all that lives on it: its problems, its population, what reflection remembers.
+
+A run has one island, mostly. Several share the weights, the engine and the limits of an episode, and nothing else.
+What an island does in an iteration is a `Batch`; what is played at once, there or in an evaluation, are `Round`s. When
+each of this happens is the loop's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from espl_train.chat import Chat
+from espl_train.config import Config
+from espl_train.engines.base import Engine
+from espl_train.evolution.breeding import Breeder, BreedingReport
+from espl_train.evolution.population import Population
+from espl_train.evolution.prompts import SystemPrompt
+from espl_train.evolution.reflection import Completer
+from espl_train.evolution.templates import TemplateSet
+from espl_train.learner.advantages import assign
+from espl_train.learner.shaping import Shaping
+from espl_train.lengths import Lengths
+from espl_train.overlap import together
+from espl_train.problems import Deck, Part, Problems, ProblemSets
+from espl_train.records import Group, Rollout, RolloutKey, grouped
+from espl_train.rollout import Collector, Job, Progress
+from espl_train.sandboxes import Boxes
+
+
+class Island:
+    """A population on its environment. `name` is empty where a run has no other island."""
+
+    def __init__(
+        self, config: Config, sets: ProblemSets, boxes: Boxes, chat: Chat, engine: Engine, templates: TemplateSet,
+        name: str = "",
+    ) -> None:
+        self.name, self.config, self.sets, self.templates = name, config, sets, templates
+        self.deck = Deck(sets.train, config.seed)
+        self.population = Population(config.evolution, config.rating, config.seed)
+        self.breeder = Breeder(config.evolution, templates, config.seed, chat.tokenizer.all_special_tokens)
+        self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
+        self.lengths = Lengths()
+        limits = boxes.limited(config.rollout)
+        self.collectors = {
+            problems.part: Collector(problems.make, chat, engine, limits, config.seed) for problems in sets
+        }
+
+    def text(self, prompt: str) -> str:
+        """A system prompt as the model sees it: in training, in evaluation and in every export."""
+        return self.templates.system(self.population[prompt].principles)
+
+    def evaluation(self, part: Part, prompts: Sequence[str], most: int) -> Round:
+        """The same at most `most` problems for each of the prompts, in every evaluation of the run."""
+        players = dict.fromkeys(prompts, self.config.evaluation.samples)
+        return Round(self, self.sets[part], players, self.sets[part].sample(self.config.seed, most))
+
+    async def breed(self, step: int, groups: Sequence[Group], complete: Completer) -> BreedingReport:
+        """Children of those that played `groups`; the population is only read."""
+        return await self.breeder.breed(step, self.population, groups, self.sets.train.tasks, complete)
+
+    def settle(
+        self, step: int, groups: Sequence[Group], bred: BreedingReport | None
+    ) -> tuple[Mapping[str, Any] | None, tuple[SystemPrompt, ...]]:
+        """Rate who played (not in mode `rl`), then take in the children: what the match came to, and who was born."""
+        match = self.population.rate(groups) if self.config.mode != "rl" else None
+        return match, self.population.add(bred.children, step) if bred else ()
+
+    def candidates(self, most: int) -> list[str]:
+        """The root prompt, and the `most` best rated."""
+        return list(dict.fromkeys([self.population.root.id, *self.population.top(most)]))
+
+    def best(self, validation: Mapping[str, float], final: bool) -> str:
+        """The prompt of the moment: the best rated; at the end the one that the configured choice names."""
+        if not final:
+            return self.population.elite.id
+        scores = {m.prompt.id: validation.get(f"validation/{m.prompt.id}") for m in self.population.members}
+        known = {prompt: score for prompt, score in scores.items() if score is not None and math.isfinite(score)}
+        return self.population.best(self.config.evaluation.choice, known).id
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: everything that the next step depends on."""
+        return {
+            "population": self.population.to_json(),
+            "breeder": self.breeder.state(),
+            "deck": self.deck.position,
+            "lengths": self.lengths.to_json(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` wrote down."""
+        config = self.config
+        self.population = Population.from_json(state["population"], config.evolution, config.rating, config.seed)
+        self.breeder.restore(state["breeder"])
+        self.deck = Deck(self.sets.train, config.seed, state["deck"])
+        self.lengths = Lengths.from_json(state["lengths"])
+
+    def close(self) -> None:
+        """Close all environments. Again is fine."""
+        for collector in self.collectors.values():
+            collector.close()
+
+
+@dataclass(frozen=True)
+class Round:
+    """Every player (prompt → samples per problem) on every problem of one island, `earlier` ones of the same iteration
+    aside."""
+
+    island: Island
+    problems: Problems
+    players: Mapping[str, int]
+    indices: Sequence[int]
+    earlier: Sequence[Rollout] = ()
+
+    def __len__(self) -> int:
+        return sum(self.players.values()) * len(self.indices)
+
+    def jobs(self, step: int) -> list[Job]:
+        """Its episodes, in the order of their rollouts."""
+        keys = [
+            RolloutKey(step, prompt, index, sample, split=self.problems.part)
+            for prompt, samples in self.players.items()
+            for index in self.indices
+            for sample in range(samples)
+        ]
+        return [Job(key, self.island.text(key.prompt), self.island.lengths.expected(key)) for key in keys]
+
+    async def play(self, step: int, policy: int | None, temperature: float, progress: Progress) -> list[Rollout]:
+        """All episodes at once, the long ones first."""
+        collector = self.island.collectors[self.problems.part]
+        return await collector.acollect(self.jobs(step), policy, temperature, progress, earlier=self.earlier)
+
+
+async def play(
+    rounds: Sequence[Round], step: int, policy: int | None, temperature: float, progress: Progress
+) -> list[list[Rollout]]:
+    """Play all `rounds` at once, on however many islands; the rollouts come round by round.
+
+    `progress` is told the sums. What fails ends all of them, and is raised alone.
+    """
+    told: dict[int, tuple[int, int]] = {}
+
+    def part(number: int) -> Progress:
+        def tell(done: int, tokens: int) -> None:
+            told[number] = done, tokens
+            progress(sum(d for d, _ in told.values()), sum(t for _, t in told.values()))
+
+        return tell
+
+    played = await together(
+        round.play(step, policy, temperature, part(number)) for number, round in enumerate(rounds)
+    )
+    for round, rollouts in zip(rounds, played, strict=True):
+        round.island.lengths.learn(rollouts)
+    return played
+
+
+@dataclass
+class Batch:
+    """What an island plays in one iteration: `size` problems by the players that were selected, round by round.
+
+    With `rollout.dynamic_rounds`, problems without contrast are followed by others of the epoch until there are `size`
+    with contrast, or the rounds or the epoch are used up. All that was played counts for ratings, reflection and
+    reports: prompts compared only where some of them failed would be compared on problems picked by the outcome.
+    """
+
+    island: Island
+    players: Mapping[str, int]
+    size: int
+    groups: list[Group] = field(default_factory=list)
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self._indices = self.island.deck.batch(self.size)
+        self._played: list[Rollout] = []
+
+    @classmethod
+    def of(cls, island: Island, step: int, size: int) -> Batch:
+        """The batch of `step`: who plays, and on what."""
+        rollout = island.config.rollout
+        return cls(island, island.population.select(step, rollout.prompts, rollout.samples), size)
+
+    def due(self) -> Round | None:
+        """What has to be played next; None when the batch is complete."""
+        if not self._indices:
+            return None
+        return Round(self.island, self.island.sets.train, self.players, self._indices, tuple(self._played))
+
+    def take(self, rollouts: Sequence[Rollout]) -> None:
+        """What `due` came to: its groups with their advantages, and what is due after it."""
+        island, learner = self.island, self.island.config.learner
+        self._played += rollouts
+        self.groups += assign(grouped(rollouts), learner.baseline, learner.divide_by_std, island.shaping)
+        self.rounds += 1
+        again = self.rounds <= island.config.rollout.dynamic_rounds
+        self._indices = island.deck.more(self.size - len(self._mixed())) if again else []
+
+    def metrics(self) -> dict[str, float]:
+        """How the groups came about: rounds, where there may be several, and what shaping did."""
+        counts = {
+            "dynamic/rounds": self.rounds,
+            "dynamic/problems": len({group.task for group in self.groups}),
+            "dynamic/contrast": len(self._mixed()),
+        }
+        rare = counts if self.island.config.rollout.dynamic_rounds else {}
+        return {**rare, **self.island.shaping.metrics(self._played)}
+
+    def _mixed(self) -> set[int]:
+        return {group.task for group in self.groups if group.contrast}
