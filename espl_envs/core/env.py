@@ -167,7 +167,7 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         slow = getattr(self._tasks, "slow", False)
         task = await asyncio.to_thread(self._pick, options) if slow else self._pick(options)
         prompt = options.get("system_prompt", self.system_prompt)
-        messages = opening(task.question, prompt, self._protocol_text, self._placement)
+        messages = self.opening(task.question, prompt)
         self._episode = Episode(task, task.hash, messages, ToolContext(task))
         self._show(from_start=True)
         return messages, self._info(self._episode)
@@ -201,6 +201,10 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         self._show()
         reward = float(episode.verdict.score) if episode.verdict else 0.0
         return episode.messages, reward, episode.terminated, episode.truncated, self._info(episode)
+
+    def opening(self, question: str, system_prompt: str = "") -> Conversation:
+        """What an episode about `question` begins with. Needs no tasks: whoever shows the form has no problem to."""
+        return opening(question, system_prompt, self._protocol_text, self._placement)
 
     @property
     def task(self) -> Task | None:

@@ -5,6 +5,7 @@ Everything that can be wrong with a name is explained here in one sentence; noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from torch import nn
 from espl_envs.core.errors import EsplError
 from espl_train.config import ModelConfig
 
+MAKES_A_MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+END = 1 << 20               # bytes
 MICRO = Path(__file__).resolve().parents[1] / "models" / "micro"
 
 
@@ -103,6 +106,32 @@ def template_set(config: ModelConfig, settings: Any) -> str:
         found = re.search(r"^espl_templates: *([\w-]+) *$", head, re.MULTILINE)
         named = found and found[1]
     return named or "english"
+
+
+def identity(config: ModelConfig) -> dict[str, str | None]:
+    """Which weights a model's name stands for today: the commit on the hub, or the fingerprint of a folder."""
+    source = locate(config.path)
+    known: dict[str, str | None] = {"path": config.path, "revision": config.revision, "dtype": config.dtype}
+    if Path(source).is_dir():
+        return {**known, "commit": None, "fingerprint": _fingerprint(Path(source))}
+    from transformers import AutoConfig
+
+    settings = _explained(config, AutoConfig.from_pretrained, source, revision=config.revision)
+    return {**known, "commit": getattr(settings, "_commit_hash", None), "fingerprint": None}
+
+
+def _fingerprint(folder: Path) -> str:
+    """16 hex digits over what makes a model: its settings whole, of its weights the name, the size and both ends, which
+    takes no longer for a hundred gigabytes than for one."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.name in MAKES_A_MODEL or p.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(END))
+            file.seek(max(size - END, 0))
+            digest.update(file.read(END))
+    return digest.hexdigest()[:16]
 
 
 def context_length(model: Any) -> int:

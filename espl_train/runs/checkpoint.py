@@ -104,6 +104,21 @@ def read_newest(
     )
 
 
+def read_step(folder: Path, step: int, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Payloads (`names`, by default all) of the checkpoint of one step. Raises CheckpointError where it cannot be used,
+    with those that may be."""
+    path = folder / f"step-{step:06d}"
+    try:
+        if path.is_dir():
+            return _read(path, step, names)
+    except Foreign as other:
+        raise CheckpointError(f"The checkpoint {path} {other}") from None
+    except Damaged as damage:
+        raise CheckpointError(f"The checkpoint {path} is damaged ({damage}).") from None
+    kept = ", ".join(map(str, steps(folder))) or "none"
+    raise CheckpointError(f"There is no checkpoint of step {step} in {folder}; kept are those of: {kept}.")
+
+
 def steps(folder: Path) -> list[int]:
     """Steps of all checkpoints in `folder`, oldest first; whether they are whole is not looked at."""
     if not folder.is_dir():
