@@ -69,10 +69,12 @@ def _ranks() -> Iterator[Ranks]:
 
 
 def _command(words: list[str], ranks: Ranks) -> int:
-    if words[:1] == ["serve"]:
-        return _serve(words[1:])
     from espl_train import settings
+    from espl_train.settings.subcommands import COMMANDS
 
+    if words and words[0] in COMMANDS:
+        with commandline.signals():
+            return COMMANDS[words[0]](words[1:])
     request = settings.parse(words)
     if "help" in request.flags:
         print(settings.help_text(), end="")
@@ -82,17 +84,6 @@ def _command(words: list[str], ranks: Ranks) -> int:
         return 0
     with commandline.signals():
         return _dry_run(request, ranks) if request.dry_run else _run(request, ranks)
-
-
-def _serve(words: list[str]) -> int:
-    """Answer requests until Ctrl-C or SIGTERM, which is how a server ends."""
-    from espl_train.serving.command import serve
-
-    try:
-        with commandline.signals():
-            return serve(words)
-    except KeyboardInterrupt as stop:
-        return commandline.exit_code(stop)
 
 
 def _dry_run(request: Request, ranks: Ranks) -> int:

@@ -88,7 +88,7 @@ class Snapshot:
         key = f"{island}/best" if island else "best"
         record = next((row for row in reversed(self.records) if row.get("step") == self.step), {})
         named = str(record.get(key))
-        return population[named] if named in population else population.elite
+        return population[named if named in population else population.elite.id]
 
     def prompt(self, which: str, island: str = "") -> SystemPrompt:
         """The prompt that `which` names: best, root or an id. Raises EsplError with what there is."""
@@ -99,7 +99,9 @@ class Snapshot:
             return population.root
         if which not in population:
             known = ", ".join(member.prompt.id for member in population.members[-8:])
-            raise EsplError(f"the run {self.folder} has no prompt {which!r}; choose best, root or an id such as {known}")
+            raise EsplError(
+                f"the run {self.folder} has no prompt {which!r}; choose best, root, or an id such as {known}"
+            )
         return population[which]
 
     def text(self, principles: tuple[Principle, ...]) -> str:

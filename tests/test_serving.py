@@ -123,7 +123,7 @@ def test_a_run_says_what_it_would_serve(trained: tuple[Path, list[Rollout]], tmp
     folder, _ = trained
     assert ROOT in str(Exhibit.of(str(folder), "root", {}).to_json()["system_prompt"])
     assert Exhibit.of(str(folder), "none", {}).to_json()["system_prompt"] is None
-    with pytest.raises(EsplError, match=r"has no prompt 'p9'; choose best, root, none or an id such as p0000"):
+    with pytest.raises(EsplError, match=r"has no prompt 'p9'; choose best, root, or an id such as p0000"):
         Exhibit.of(str(folder), "p9", {})
     with pytest.raises(ConfigError, match="rank changes nothing when a run is served"):
         Exhibit.of(str(folder), None, {"learner.rank": 3})

@@ -1,7 +1,7 @@
-"""The seal on a run's test split: who has opened it, on record in `test_opened.jsonl` for as long as the run is there.
+"""The seal on a run's test split: who has opened it, on record in `test_opened.jsonl` as long as there is the run.
 
-A test split that was looked at before a decision is no test any more. Nothing here forbids a look; every one is counted,
-and whoever takes a further one is told of the earlier ones.
+A test split that was looked at before a decision is no test any more. Nothing here forbids a look; every one is
+counted, and whoever takes a further one is told of the earlier ones.
 """
 
 from __future__ import annotations

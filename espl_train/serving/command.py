@@ -13,22 +13,27 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
+from espl_envs.core import commandline
 from espl_envs.core.errors import EsplError
 from espl_train.settings import parse
+from espl_train.settings.subcommands import Parser
 
 SHORTEST = 16               # characters of a key
 GRACE_S = 5.0               # for requests under way, at the end
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise EsplError(f"espl-train serve: {message}; espl-train serve --help lists all options")
+def main(words: Sequence[str]) -> int:
+    """Answer requests until Ctrl-C or SIGTERM, which is how a server ends."""
+    try:
+        return _serve(words)
+    except KeyboardInterrupt as stop:
+        return commandline.exit_code(stop)
 
 
-def serve(words: Sequence[str]) -> int:
-    """Run the command; comes back when it was told to describe only, else never but by an exception."""
+def _serve(words: Sequence[str]) -> int:
+    """Comes back when it was told to describe only, else never but by an exception."""
     chosen, rest = _parser().parse_known_args(list(words))
     from espl_train.serving.exhibit import Exhibit
 
@@ -52,11 +57,10 @@ def serve(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> _Parser:
-    made = _Parser(
-        prog="espl-train serve", allow_abbrev=False,
-        description="Answer OpenAI's protocol with a run (adapter and chosen prompt) or a model (folder, hub id).",
-        epilog="Further options as of espl-train: --engine vllm, --engine.*, --model.device, --model.dtype, …",
+def _parser() -> Parser:
+    made = Parser(
+        "serve", "Answer OpenAI's protocol with a run (adapter and chosen prompt) or a model (folder, hub id).",
+        "Further options as of espl-train: --engine vllm, --engine.*, --model.device, --model.dtype, …",
     )
     made.add_argument("target", metavar="RUN|MODEL", help="a run directory, a model folder, 'micro' or a hub id")
     made.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id; it is "

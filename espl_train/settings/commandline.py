@@ -23,6 +23,7 @@ from espl_train.settings.options import (
     read_loose,
     sections,
 )
+from espl_train.settings.subcommands import COMMANDS
 
 SHORT = {
     "env": "env.id", "model": "model.path", "engine": "engine.kind", "test-env": "env.test_id",
@@ -41,7 +42,6 @@ espl-train trains a language model's weights and its system prompt together (E-S
   espl-train --env espl/GSM8K-v0 --tools python   the model may run Python in a box
   espl-train --preset aimo_beyondaime             an experiment of the paper
   espl-train --resume runs/NAME                   continue a run where it stopped
-  espl-train serve runs/NAME                      answer OpenAI's protocol with what it has trained (serve --help)
   espl-train review runs/NAME                     read the children that wait, let them in or not (review --help)
 """
 COMMAND_OPTIONS = (
@@ -96,7 +96,10 @@ def parse(argv: Sequence[str]) -> Request:
         if word in ("-h", "--help"):
             flags.add("help")
         elif not word.startswith("--") or not name:
-            raise ConfigError(f"Unexpected argument {word!r}: options start with --, as in --env ID.{_as_option(word)}")
+            raise ConfigError(
+                f"Unexpected argument {word!r}: the commands are {', '.join(COMMANDS)}, all else starts with --, as in "
+                f"--env ID.{_meant(word)}"
+            )
         elif name in FLAGS:
             if equals:
                 raise ConfigError(f"--{name} takes no value, but {value!r} was given.")
@@ -158,7 +161,9 @@ def _find(name: str) -> tuple[str, Option | None]:
     raise ConfigError(f"There is no option --{name}.{hint(close, '--')} espl-train --help lists all of them.")
 
 
-def _as_option(word: str) -> str:
+def _meant(word: str) -> str:
+    if command := nearest(word, COMMANDS, 0.7):
+        return hint(command)
     close = nearest(word.lstrip("-"), (*SHORT, *VALUES, *FLAGS, "profile", *options()), 0.8)
     return hint(close, "--")
 
@@ -166,7 +171,9 @@ def _as_option(word: str) -> str:
 def help_text(width: int | None = None) -> str:
     """The whole help page as plain text, grouped by section."""
     width = min(width or shutil.get_terminal_size().columns, 120)
-    parts = [USAGE, "Command", *(_row(left, right, width) for left, right in COMMAND_OPTIONS), ""]
+    commands = [_row(f"espl-train {c.usage}", c.about, width) for c in COMMANDS.values()]
+    parts = [USAGE, "Commands beside training (each has a --help)", *commands, ""]
+    parts += ["Command", *(_row(left, right, width) for left, right in COMMAND_OPTIONS), ""]
     parts += ["Presets (--preset NAME)", *(_row(n, d, width) for n, d in preset_descriptions().items()), ""]
     parts += ["Run", *_rows("", width)]
     for section in sections():

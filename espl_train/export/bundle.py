@@ -1,0 +1,105 @@
+"""The directory of an export, written aside and put into place when it is whole.
+
+    prompt.md  prompt.json  request.json  adapter/ (or model/, where every weight was trained)  model/ (--merge)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from espl_envs.core.errors import EsplError
+from espl_train.export import markdown
+from espl_train.export.document import document
+from espl_train.export.request import ADAPTER, MODEL, REQUEST, commands, request
+from espl_train.runs import checkpoint
+from espl_train.snapshot import Snapshot
+
+PROMPT, PAGE = "prompt.json", "prompt.md"
+
+
+def export(run: Snapshot, out: Path, which: str = "best", merge: bool = False) -> Path:
+    """Write everything about the prompt that `which` names, and the weights, into `out`; returns it.
+
+    An older export there is replaced. Raises EsplError where `out` holds something else, or there is no such prompt.
+    """
+    refuse_foreign(out)
+    learnt = run.trained
+    full = run.config.learner.mode == "full"
+    with _replacing(out) as folder:
+        write_prompts(run, folder, which, (MODEL if full else ADAPTER) if learnt else None)
+        if learnt and not full:
+            _write_adapter(run, folder / ADAPTER)
+        if learnt and (full or merge):
+            _write_model(run, folder / MODEL)
+    return out
+
+
+def write_prompts(run: Snapshot, folder: Path, which: str = "best", weights: str | None = None) -> None:
+    """The page, the record and the request, where a run has several environments in a folder for each. `weights`: how
+    the commands on the page find them ("adapter", "model"; None where nothing was trained)."""
+    for island in run.populations:
+        target = folder / slug(island) if island else folder
+        target.mkdir(parents=True, exist_ok=True)
+        record = document(run, which, island)
+        text = markdown.page(record, tuple(commands(run, which, weights)))
+        checkpoint.write_atomically(target / PAGE, text.encode("utf-8", "backslashreplace"))
+        checkpoint.write_atomically(target / PROMPT, _json(record))
+        checkpoint.write_atomically(target / REQUEST, _json(request(run, run.prompt(which, island))))
+
+
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "environment"
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises EsplError unless `out` is free, empty, or an export."""
+    if out.exists() and not out.is_dir():
+        raise EsplError(f"{out} is a file: choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"**/{PROMPT}")):
+        raise EsplError(f"{out} is not empty and is no export (it has no {PROMPT}): choose another --out")
+
+
+def _write_adapter(run: Snapshot, folder: Path) -> None:
+    from espl_train.learner.adapter import write_adapter
+
+    folder.mkdir()
+    write_adapter(folder, run.learner()["policy"], run.config.learner, run.config.model.path)
+
+
+def _write_model(run: Snapshot, folder: Path) -> None:
+    """All weights in one: this reads the base model."""
+    from espl_train.learner.policy import Policy
+
+    policy = Policy.load(run.config.model, run.config.learner, run.config.seed)
+    learner = run.learner()
+    policy.load_state(learner["policy"], learner["version"])
+    policy.save_merged(folder)
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `out` when the block has ended well, and is gone when it has not."""
+    aside, old = (out.with_name(f".{kind}-{out.name}") for kind in ("writing", "replaced"))
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if out.exists():
+            out.rename(old)
+        aside.rename(out)
+    except OSError as problem:
+        raise EsplError(f"{out} cannot be written: {problem.strerror or problem}") from problem
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
