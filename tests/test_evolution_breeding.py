@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from espl_envs.core.messages import Message
 from espl_train.config import RatingConfig
 from espl_train.evolution.breeding import Breeder
-from espl_train.evolution.edits import Operation
+from espl_train.evolution.edits import Limits, Operation
 from espl_train.evolution.mutation import candidates, fitted, pooled
 from espl_train.evolution.population import Population
-from espl_train.evolution.prompts import Child, Principle, SystemPrompt
+from espl_train.evolution.prompts import Child, Origin, Principle, SystemPrompt
 from espl_train.evolution.templates import TemplateSet, available
 from espl_train.records import Rollout
 
@@ -40,9 +40,9 @@ def test_mutation_goes_through_its_three_stages() -> None:
     assert model.stages == ["summary"] * 8 + ["critique"] * 2 + ["revision"]
     assert report.calls == 11 and report.rejections == {} and report.repaired == 0
     (child,) = report.children
-    assert child == Child(
-        (Principle("G1", "Be exact."), Principle("G4", "Draw, and write products down.")), "mutation", ("p0000",), 4
-    )
+    principles = (Principle("G1", "Be exact."), Principle("G4", "Draw, and write products down."))
+    assert replace(child, origins={}) == Child(principles, "mutation", ("p0000",), 4)
+    assert child.origins["G4"] == Origin("merge", ("p0000.G2",), support=2), "of a change of G2 and of an addition"
     critique = next(text for stage, text, _ in model.asked if stage == "critique")
     assert "It multiplied." in critique and "RIGHT" in critique and "WRONG" in critique and "secret" not in critique
     revision = model.asked[-1][1]
@@ -231,7 +231,8 @@ def test_suggestions_are_pooled_and_worked_in() -> None:
     assert number == 6
     carried, _ = candidates(PARENT, pool, carry_out_removals=True)
     assert [c.id for c in carried] == ["G2", "G5", "G6"]
-    assert [p.id for p in fitted(shown, 3)] == ["G1", "G2", "G5"]
+    left = fitted(PARENT, shown, Limits(max_principles=3))
+    assert isinstance(left, tuple) and [p.id for p in left] == ["G1", "G2", "G5"]
 
 
 PLANS = [ADD, {"op": "remove", "id": "G1"}, {"op": "modify", "id": "G2", "text": "New."}]

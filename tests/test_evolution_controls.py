@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from espl_envs.tasks.conventions import RULES, SYMBOLS
 from espl_train.config import RatingConfig
 from espl_train.evolution import breeding
 from espl_train.evolution.breeding import Breeder, BreedingReport
-from espl_train.evolution.crossover import Rewards
 from espl_train.evolution.edits import fingerprint
+from espl_train.evolution.encounters import Encounter
 from espl_train.evolution.evidence import Evidence, shuffled
 from espl_train.evolution.guards import Guard
 from espl_train.evolution.placebo import placebo
@@ -71,12 +72,12 @@ def test_reflection_and_crossover_see_the_shuffled_rewards_and_ratings_the_real_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups = batch(p0000=[[1] * 8, [0] * 8, [1] * 8], p0001=[[0] * 8, [1] * 8, [0] * 8])
-    crossed: list[Rewards] = []
+    crossed: list[dict[str, dict[int, tuple[float, ...]]]] = []
 
-    async def cross(best: SystemPrompt, others: object, rewards: Rewards, *_: object) -> Rejection:
+    async def cross(best: SystemPrompt, others: object, encounters: Sequence[Encounter], *_: object) -> Rejection:
         del others
         assert best.id == "p0000", "the parent is chosen by the truth"
-        crossed.append(rewards)
+        crossed.append({p: {e.problem: e.rewards[p] for e in encounters} for p in ("p0000", "p0001")})
         return Rejection(Reason.NO_CONTRAST)
 
     monkeypatch.setattr(breeding, "cross", cross)

@@ -19,7 +19,7 @@ from espl_train.evolution.edits import (
     last_id,
     unqualify,
 )
-from espl_train.evolution.prompts import Principle
+from espl_train.evolution.prompts import Origin, Principle
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 from espl_train.evolution.replies import read_operations
 
@@ -142,6 +142,7 @@ def test_a_plan_edits_in_place_and_gives_new_ids() -> None:
             Principle("G7", "Stop early."),
         ),
         7,
+        {"G1": Origin("modify", ("G1",)), "G6": Origin("merge", ("G5", "G2")), "G7": Origin("add")},
     )
 
 

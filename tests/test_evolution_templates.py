@@ -30,8 +30,8 @@ UNKNOWN = (Attempt("unknown", 0.0, ("x",), "assistant: x"),)
 CASES = [Case("What is 2·2?", None, ATTEMPTS), Case("And 3·3?", "nine", ATTEMPTS)]
 SCORES = (Score("A", 0.2, 8), Score("B", 0.9, 8))
 SETS = [
-    PromptSet("A", "p0", (Principle("A.G1", "Check the sign."),), 0.6, ()),
-    PromptSet("B", "p1", (Principle("B.G1", "Draw."),), 0.5, (Victory("What is 2·2?", SCORES),)),
+    PromptSet("A", "p0", (Principle("A.G1", "Check the sign."),), 0.6, 0.6, 20, 4, ()),
+    PromptSet("B", "p1", (Principle("B.G1", "Draw."),), 0.5, 0.625, 8, 1, (Victory("What is 2·2?", SCORES),)),
 ]
 VALUES: dict[str, dict[str, Any]] = {
     "summary": {"question": "What is 2·2?", "attempt": ATTEMPTS[1]},
@@ -42,8 +42,9 @@ VALUES: dict[str, dict[str, Any]] = {
         "candidates": [Candidate("G1", "Check the sign."), Candidate("G5", "Think.", "new", 2)],
         "max_words": 32,
         "max_principles": 8,
+        "max_tokens": 0,
     },
-    "crossover": {"sets": SETS, "max_words": 32},
+    "crossover": {"sets": SETS, "max_words": 32, "max_tokens": 0},
     "repair": {"reply": INJECTION, "error": "no_json: no JSON list in the reply"},
 }
 

@@ -7,22 +7,25 @@ the first call goes out, so a breeding may run while the weights learn and the r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from espl_envs.core.tasks import Task
 from espl_train.config import EvolutionConfig
-from espl_train.evolution.crossover import Rewards, cross
+from espl_train.evolution.crossover import cross
 from espl_train.evolution.edits import Limits, fingerprints
-from espl_train.evolution.evidence import Evidence, shuffled
+from espl_train.evolution.encounters import Encounter, Encounters
+from espl_train.evolution.evidence import Contrast, Evidence, shuffled
 from espl_train.evolution.guards import Guard
-from espl_train.evolution.mutation import mutate
+from espl_train.evolution.immigrant import immigrate
+from espl_train.evolution.mutation import mutate, summarise
 from espl_train.evolution.placebo import placebo
 from espl_train.evolution.population import Population
-from espl_train.evolution.prompts import Child, Rating, SystemPrompt
-from espl_train.evolution.ratings import Match, scores
-from espl_train.evolution.reflection import Completer, Reflector
+from espl_train.evolution.prompts import Child, Operator, Rating, SystemPrompt
+from espl_train.evolution.prune import Trial, prune
+from espl_train.evolution.ratings import Match
+from espl_train.evolution.reflection import Completer, Reflector, purpose
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 from espl_train.evolution.templates import TemplateSet
 from espl_train.randomness import generator
@@ -33,7 +36,7 @@ DIGITS = 6      # of a rating: beyond them two draws differ by rounding only
 
 @dataclass(frozen=True, slots=True)
 class BreedingReport:
-    """What a step of breeding brought: children in the order of insertion (crossover first), and why.
+    """What a step of breeding brought: children in the order of insertion (mutation last), and why.
 
     `rejections` counts refused replies, plans and texts by reason; `events` are plain data for the log.
     """
@@ -45,100 +48,178 @@ class BreedingReport:
     repaired: int
 
 
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What an operator sees of a step. Population and ratings are as they were before the batch was counted."""
+
+    step: int
+    seed: int
+    best: SystemPrompt                          # once the batch is counted
+    root: SystemPrompt
+    others: tuple[SystemPrompt, ...]            # everybody alive but the best
+    contrasts: Sequence[Contrast]
+    encounters: Sequence[Encounter]             # where the best one met the others
+    tasks: Mapping[int, Task]
+    rollouts: int                               # of the batch
+    taken: Mapping[frozenset[str], str]         # fingerprints of everybody alive
+    config: EvolutionConfig
+    limits: Limits
+    reflector: Reflector
+    trial: Trial | None
+    events: list[dict[str, Any]]                # an operator's own, for the log
+
+
+async def _immigrate(scene: Scene) -> Child | Rejection:
+    if scene.config.mutate and scene.best.id == scene.root.id:
+        return Rejection(Reason.NO_RIVAL, "the root itself is the best prompt: its mutation child would be the same")
+    return await immigrate(scene.root, scene.contrasts, scene.reflector, scene.config, scene.limits)
+
+
+async def _prune(scene: Scene) -> Child | Rejection:
+    if scene.trial is None:
+        return Rejection(Reason.NO_TRIAL, "there is nobody who plays trials")
+    random = generator(scene.seed, "prune", "problems", scene.step)
+    problems = sorted(scene.tasks)
+    return await prune(scene.best, scene.taken, problems, scene.rollouts, scene.trial, random, scene.events)
+
+
+async def _cross(scene: Scene) -> Child | Rejection:
+    reflector, config, limits = scene.reflector, scene.config, scene.limits
+    return await cross(scene.best, scene.others, scene.encounters, scene.tasks, reflector, config, limits)
+
+
+async def _mutate(scene: Scene) -> Child | Rejection:
+    return await mutate(scene.best, scene.contrasts, scene.reflector, scene.config, scene.limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to a child: how likely it is in an iteration, and whether it reads attempts, which are summarised first."""
+
+    chance: Callable[[EvolutionConfig], float]
+    breed: Callable[[Scene], Awaitable[Child | Rejection]]
+    reads: bool = False
+
+
+# In the order of insertion: the last one is the newest of the population, who is sure to play.
+OPERATORS: dict[Operator, Way] = {
+    "immigrant": Way(lambda config: config.immigrant_probability, _immigrate, reads=True),
+    "prune": Way(lambda config: config.prune_probability, _prune),
+    "crossover": Way(lambda config: config.crossover_probability, _cross),
+    "mutation": Way(lambda config: float(config.mutate), _mutate, reads=True),
+}
+
+
 class Breeder:
-    """Writes children. `state` and `restore` carry the evidence over a resume; there is no random state."""
+    """Writes children. `state` and `restore` carry what was seen over a resume; there is no random state.
+
+    `tokens` counts those of a text as the policy reads it, for `evolution.max_prompt_tokens`.
+    """
 
     def __init__(
-        self, config: EvolutionConfig, templates: TemplateSet, seed: int, special_tokens: Sequence[str] = ()
+        self,
+        config: EvolutionConfig,
+        templates: TemplateSet,
+        seed: int,
+        special_tokens: Sequence[str] = (),
+        tokens: Callable[[str], int] | None = None,
     ) -> None:
         self._config, self._templates, self._seed = config, templates, seed
-        self._evidence = Evidence(config)
         self._pool = templates.placebo() if config.writer == "placebo" else ()
+        self._evidence = Evidence(config)
+        self._encounters = Encounters(config.evidence_window)
         self._guard = Guard(config.max_words, special_tokens)
-        self._limits = Limits(config.max_words, config.max_principles, self._guard.check)
+        count = (lambda principles: tokens(templates.system(principles))) if tokens else None
+        limit = config.max_prompt_tokens
+        self._limits = Limits(config.max_words, config.max_principles, self._guard.check, limit, count)
 
     async def breed(
-        self, step: int, population: Population, groups: Sequence[Group], tasks: Mapping[int, Task], complete: Completer
+        self,
+        step: int,
+        population: Population,
+        groups: Sequence[Group],
+        tasks: Mapping[int, Task],
+        complete: Completer,
+        trial: Trial | None = None,
     ) -> BreedingReport:
         """Children of the prompts that played `groups`, before the population has counted that batch.
 
         `tasks` holds at least the problems of the batch, by their index in the split; whatever else it holds is
-        guarded too, so the whole training split is best.
+        guarded too, so the whole training split is best. `trial` plays prompts that are in no population yet.
         """
         self._guard.learn(tasks)
         shown = shuffled(groups, self._seed, step) if self._config.evidence == "shuffled" else groups
         self._evidence.record(step, shown, tasks)
+        self._encounters.record(step, shown)
         match, after = population.preview(groups)
         reflector = Reflector(self._templates, complete, self._seed, step)
         if not match.values:
             refused = Rejection(Reason.NO_MIXED_PROBLEM, "no problem that all prompts played")
-            return self._report(step, None, {"mutation": refused, "crossover": refused}, {}, reflector)
+            return self._report(step, None, dict.fromkeys(OPERATORS, refused), {}, reflector, [])
         best = population[champion(match, after, self._config)]
         if population.crowded(match):
             refused = Rejection(Reason.CROWDED, "children wait for their first games (evolution.nursery)")
-            return self._report(step, best, {"mutation": refused, "crossover": refused}, {}, reflector)
+            return self._report(step, best, dict.fromkeys(OPERATORS, refused), {}, reflector, [])
+        others = tuple(m.prompt for m in population.members if m.prompt.id != best.id)
         taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
-        others = [population[p] for p in match.values if p != best.id]
-        table = scores(shown)
-        rewards = {p: {q: table[p][q] for q in match.problems} for p in match.values}
-        crossed, mutated = await asyncio.gather(
-            self._cross(step, best, others, rewards, tasks, reflector), self._mutate(step, best, reflector)
-        )
-        results = {"crossover": crossed, "mutation": mutated}
+        scene = Scene(
+            step, self._seed, best, population.root, others, self._evidence.contrasts(step, best.id),
+            self._encounters.of(best.id, {p.id for p in others}), tasks, sum(len(g.rollouts) for g in groups), taken,
+            self._config, self._limits, reflector, trial, [],
+        )  # fmt: skip
+        with purpose(prompt=best.id):
+            results = await self._results(scene)
         if self._pool:
-            results = {operator: self._placebo(step, operator, best, result) for operator, result in results.items()}
-        return self._report(step, best, results, taken, reflector)
+            results = {o: self._placebo(step, o, population, result) for o, result in results.items()}
+        return self._report(step, best, results, taken, reflector, scene.events)
+
+    async def _results(self, scene: Scene) -> dict[Operator, Child | Rejection]:
+        """What every operator brought: a child, or why not. None of them waits for another one's calls."""
+        config, results = scene.config, dict[Operator, Child | Rejection]()
+        for name, way in OPERATORS.items():
+            if not way.chance(config):
+                results[name] = Rejection(Reason.SWITCHED_OFF)
+            elif generator(self._seed, name, scene.step).random() >= way.chance(config):
+                results[name] = Rejection(Reason.NOT_DRAWN)
+        drawn = [name for name in OPERATORS if name not in results]
+        if any(OPERATORS[name].reads for name in drawn):
+            await summarise(scene.contrasts, scene.reflector, config)
+        bred = await asyncio.gather(*(OPERATORS[name].breed(scene) for name in drawn))
+        results |= dict(zip(drawn, bred, strict=True))
+        return {name: results[name] for name in OPERATORS}
+
+    def _placebo(
+        self, step: int, operator: Operator, population: Population, result: Child | Rejection
+    ) -> Child | Rejection:
+        if isinstance(result, Rejection):
+            return result
+        random = generator(self._seed, "placebo", step, operator)
+        return placebo(result, population[result.parents[0]], self._pool, random)
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"evidence": self._evidence.to_json()}
+        return {"evidence": self._evidence.to_json(), "encounters": self._encounters.to_json()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` wrote down."""
         self._evidence = Evidence.from_json(state["evidence"], self._config)
-
-    async def _mutate(self, step: int, best: SystemPrompt, reflector: Reflector) -> Child | Rejection:
-        if not self._config.mutate:
-            return Rejection(Reason.SWITCHED_OFF)
-        contrasts = self._evidence.contrasts(step, best.id)
-        return await mutate(best, contrasts, reflector, self._config, self._limits)
-
-    async def _cross(
-        self,
-        step: int,
-        best: SystemPrompt,
-        others: Sequence[SystemPrompt],
-        rewards: Rewards,
-        tasks: Mapping[int, Task],
-        reflector: Reflector,
-    ) -> Child | Rejection:
-        if not self._config.crossover_probability:
-            return Rejection(Reason.SWITCHED_OFF)
-        if generator(self._seed, "crossover", step).random() >= self._config.crossover_probability:
-            return Rejection(Reason.NOT_DRAWN)
-        return await cross(best, others, rewards, tasks, reflector, self._config, self._limits)
-
-    def _placebo(
-        self, step: int, operator: str, best: SystemPrompt, result: Child | Rejection
-    ) -> Child | Rejection:
-        if isinstance(result, Rejection):
-            return result
-        return placebo(result, best, self._pool, generator(self._seed, "placebo", step, operator))
+        self._encounters = Encounters.from_json(state["encounters"], self._config.evidence_window)
 
     def _report(
         self,
         step: int,
         best: SystemPrompt | None,
-        results: Mapping[str, Child | Rejection],
-        taken: dict[frozenset[str], str],
+        results: Mapping[Operator, Child | Rejection],
+        taken: Mapping[frozenset[str], str],
         reflector: Reflector,
+        noted: Sequence[dict[str, Any]],
     ) -> BreedingReport:
         """Let through the children that are new, in order, and write down what happened to the others."""
-        children, outcomes = [], []
+        children, outcomes, taken = [], [], dict(taken)
         for operator, result in results.items():
             event: dict[str, Any] = {"event": operator, "step": step, "parent": best.id if best else None}
-            if isinstance(result, Child) and best is not None:
-                result = _novel(result, best, taken)
+            if isinstance(result, Child):
+                result = _novel(result, taken)
                 if isinstance(result, Rejection):
                     reflector.rejections[result.reason] += 1
             if isinstance(result, Rejection):
@@ -151,7 +232,7 @@ class Breeder:
             outcomes.append(event)
         calls = sorted(reflector.events, key=lambda e: (e["stage"], e["index"], e["event"]))
         counts = {reason.value: count for reason, count in sorted(reflector.rejections.items())}
-        events = [{"step": step, **event} for event in calls] + outcomes
+        events = [{"step": step, **event} for event in (*calls, *noted)] + outcomes
         return BreedingReport(tuple(children), events, reflector.calls, counts, reflector.repaired)
 
 
@@ -167,10 +248,10 @@ def champion(match: Match, after: Mapping[str, Rating], config: EvolutionConfig)
     return max(skill, key=lambda p: (skill[p], match.values[p], p))
 
 
-def _novel(child: Child, best: SystemPrompt, taken: Mapping[frozenset[str], str]) -> Child | Rejection:
-    texts = fingerprints(child.principles)
-    if texts == fingerprints(best.principles):
+def _novel(child: Child, taken: Mapping[frozenset[str], str]) -> Child | Rejection:
+    known = taken.get(fingerprints(child.principles))
+    if known is None:
+        return child
+    if known in child.parents[:1]:
         return Rejection(Reason.UNCHANGED, "the edits leave the principles as they were")
-    if texts in taken:
-        return Rejection(Reason.DUPLICATE_PROMPT, f"these principles are those of {taken[texts]}")
-    return child
+    return Rejection(Reason.DUPLICATE_PROMPT, f"these principles are those of {known}")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from espl_train.evolution.prompts import Principle
+from espl_train.evolution.prompts import Origin, Principle
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 
 Kind = Literal["add", "modify", "remove", "merge"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Check = Callable[[str], Rejection | None]
+MAX_EVIDENCE = 400          # characters of a justification that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,26 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a list of principles must obey. `check` is the guard's verdict on one new text."""
+    """What a list of principles must obey. `check` is the guard's verdict on one new text.
+
+    `tokens` counts the tokens of the list as the policy would read it; without it, or with `max_tokens` 0, there is no
+    limit to them.
+    """
 
     max_words: int = 32
     max_principles: int = 32
     check: Check | None = None
+    max_tokens: int = 0
+    tokens: Callable[[Sequence[Principle]], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Edited:
-    """A list after a plan, and the highest id number that was ever given out in its lineage."""
+    """A list after a plan, the highest id number that was ever given out in its lineage, and who wrote what is new."""
 
     principles: tuple[Principle, ...]
     last_id: int
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 def tidy(text: str) -> str:
@@ -86,6 +94,7 @@ def apply(
         return refused
     replaced: dict[str, Principle | None] = {}
     added: list[Principle] = []
+    origins: dict[str, Origin] = {}
     number = last_id(principles, floor)
     for operation in operations:
         text = tidy(operation.text)
@@ -94,6 +103,9 @@ def apply(
         if operation.op in ("add", "merge"):
             number += 1
             fresh = Principle(f"G{number}", text)
+        if operation.op != "remove":
+            written = operation.ids[0] if operation.op == "modify" else fresh.id
+            origins[written] = Origin(operation.op, operation.ids, operation.evidence, operation.support)
         if operation.op == "add":
             added.append(fresh)
         elif operation.op == "modify":
@@ -104,7 +116,28 @@ def apply(
                 replaced[next(p.id for p in principles if p.id in operation.ids)] = fresh
     kept = (replaced.get(p.id, p) for p in principles)
     result = (*(p for p in kept if p is not None), *added)
-    return refused_list(result, limits, touched=bool(operations)) or Edited(result, number)
+    return refused_list(result, limits, touched=bool(operations)) or Edited(result, number, origins)
+
+
+def composed(first: Mapping[str, Origin], second: Mapping[str, Origin]) -> dict[str, Origin]:
+    """The origins after two edits in a row, told in ids of the list before the first."""
+    origins = dict(first)
+    for written, origin in second.items():
+        behind = [first[source] for source in origin.sources if source in first]
+        sources = [s for source in origin.sources for s in (first[source].sources if source in first else (source,))]
+        evidence = [origin.evidence] if origin.evidence else [o.evidence for o in behind if o.evidence]
+        origins[written] = Origin(
+            origin.op if sources else "add",            # whatever became of additions alone is an addition
+            tuple(dict.fromkeys(sources)),
+            excerpt(" · ".join(evidence), MAX_EVIDENCE),
+            max(sum(o.support for o in behind), origin.support),
+        )
+    return origins
+
+
+def qualified(origins: Mapping[str, Origin], prompt: str) -> dict[str, Origin]:
+    """The origins with the name of the prompt that was edited before every source."""
+    return {i: replace(o, sources=tuple(f"{prompt}.{s}" for s in o.sources)) for i, o in origins.items()}
 
 
 def refused_text(text: str, limits: Limits) -> Rejection | None:
@@ -127,6 +160,9 @@ def refused_list(principles: Sequence[Principle], limits: Limits, touched: bool 
         return Rejection(
             Reason.TOO_MANY_PRINCIPLES, f"{len(principles)} principles, at most {limits.max_principles} are allowed"
         )
+    if limits.max_tokens and limits.tokens is not None and (tokens := limits.tokens(principles)) > limits.max_tokens:
+        detail = f"all principles together are {tokens} tokens long, at most {limits.max_tokens} are allowed"
+        return Rejection(Reason.TOO_MANY_TOKENS, detail)
     seen: dict[str, str] = {}
     for principle in principles:
         other = seen.setdefault(fingerprint(principle.text), principle.id)

@@ -7,14 +7,24 @@ critiques become candidates, and one revision call makes a list of them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from espl_train.config import EvolutionConfig
-from espl_train.evolution.edits import Edited, Limits, Operation, apply, fingerprint, last_id, refused_list
+from espl_train.evolution.edits import (
+    Edited,
+    Limits,
+    Operation,
+    apply,
+    composed,
+    fingerprint,
+    last_id,
+    qualified,
+    refused_list,
+)
 from espl_train.evolution.evidence import Case, Contrast
-from espl_train.evolution.prompts import Child, Principle, SystemPrompt
+from espl_train.evolution.prompts import Child, Origin, Principle, SystemPrompt
 from espl_train.evolution.reflection import Reflector
 from espl_train.evolution.rejections import Reason, Rejection
 
@@ -30,29 +40,42 @@ class Candidate:
     text: str
     source: Literal["current", "new", "modified"] = "current"
     support: int = 0
+    origin: Origin | None = None        # of what is not current
 
 
 async def mutate(
-    parent: SystemPrompt, contrasts: Sequence[Contrast], reflector: Reflector, config: EvolutionConfig, limits: Limits
+    parent: SystemPrompt,
+    contrasts: Sequence[Contrast],
+    reflector: Reflector,
+    config: EvolutionConfig,
+    limits: Limits,
+    first: int = 0,
 ) -> Child | Rejection:
-    """A child of `parent`, or the reason why there is none. May return a child that is equal to its parent."""
+    """A child of `parent`, or the reason why there is none. May return a child that is equal to its parent.
+
+    The attempts should have been summarised before, where the template set wants that (`summarise`). `first` is the
+    index of the first call: two mutations of one step must not share any.
+    """
     if not contrasts:
         return Rejection(Reason.NO_MIXED_PROBLEM, "no problem has right and wrong attempts")
-    if reflector.templates.has("summary"):
-        await _summarise(contrasts, reflector, config)
     cases = [contrast.shown(config.answer_visibility) for contrast in contrasts]
-    plans = await _criticise(parent, cases, reflector, config, limits)
+    plans = await _criticise(parent, cases, reflector, config, limits, first)
     suggestions = pooled([operation for plan in plans if not isinstance(plan, Rejection) for operation in plan])
     if all(isinstance(plan, Rejection) for plan in plans):
         return Rejection(Reason.NO_SUGGESTION, f"none of {len(plans)} critiques could be used")
     if not suggestions:
         return Rejection(Reason.NO_CONTRAST, f"{len(plans)} critiques found nothing to change")
-    edited = await _revise(parent, suggestions, reflector, config, limits)
-    return Child(edited.principles, "mutation", (parent.id,), edited.last_id)
+    edited = await _revise(parent, suggestions, reflector, config, limits, first)
+    if isinstance(edited, Rejection):
+        return edited
+    origins = qualified(edited.origins, parent.id)
+    return Child(edited.principles, "mutation", (parent.id,), edited.last_id, origins)
 
 
-async def _summarise(contrasts: Sequence[Contrast], reflector: Reflector, config: EvolutionConfig) -> None:
+async def summarise(contrasts: Sequence[Contrast], reflector: Reflector, config: EvolutionConfig) -> None:
     """Stage a: a summary for every attempt that has none yet. Where it fails the attempt is shown in full."""
+    if not reflector.templates.has("summary"):
+        return
     jobs = [
         (contrast.question, trace, attempt)
         for contrast in contrasts
@@ -68,10 +91,15 @@ async def _summarise(contrasts: Sequence[Contrast], reflector: Reflector, config
 
 
 async def _criticise(
-    parent: SystemPrompt, cases: Sequence[Case], reflector: Reflector, config: EvolutionConfig, limits: Limits
+    parent: SystemPrompt,
+    cases: Sequence[Case],
+    reflector: Reflector,
+    config: EvolutionConfig,
+    limits: Limits,
+    first: int,
 ) -> list[tuple[Operation, ...] | Rejection]:
     """Stage b: a plan per call, each valid on its own or rejected whole."""
-    loose = replace(limits, max_principles=UNBOUNDED)
+    loose = replace(limits, max_principles=UNBOUNDED, max_tokens=0)      # of the final list, which is not made here
 
     def accept(operations: tuple[Operation, ...]) -> tuple[Operation, ...] | Rejection:
         edited = apply(parent.principles, operations, loose, parent.last_id)
@@ -92,7 +120,7 @@ async def _criticise(
             config.max_operations,
             ("add", "modify", "remove"),
         )
-        for index, batch in enumerate(batches)
+        for index, batch in enumerate(batches, first)
     )
     return await asyncio.gather(*asked)
 
@@ -103,11 +131,14 @@ async def _revise(
     reflector: Reflector,
     config: EvolutionConfig,
     limits: Limits,
-) -> Edited:
-    """Stage c: one list out of all candidates. Where no revision can be used, the candidates stand as they are."""
+    index: int,
+) -> Edited | Rejection:
+    """Stage c: one list out of all candidates. Where no revision can be used, the candidates stand as far as the limits
+    allow; a rejection where they allow none of them."""
     revised = reflector.templates.has("revision")
     pool, number = candidates(parent, suggestions, carry_out_removals=not revised)
     principles = tuple(Principle(c.id, c.text) for c in pool)
+    origins = {c.id: c.origin for c in pool if c.origin is not None}
 
     def accept(operations: tuple[Operation, ...]) -> Edited | Rejection:
         edited = apply(principles, operations, limits, number)
@@ -120,11 +151,16 @@ async def _revise(
             "candidates": pool,
             "max_words": config.max_words,
             "max_principles": config.max_principles,
+            "max_tokens": config.max_prompt_tokens,
         }
-        edited = await reflector.plan("revision", 0, values, accept, allowed=("modify", "remove", "merge"))
+        edited = await reflector.plan("revision", index, values, accept, allowed=("modify", "remove", "merge"))
         if isinstance(edited, Edited):
-            return edited
-    return Edited(fitted(pool, limits.max_principles), number)
+            return replace(edited, origins=composed(origins, edited.origins))
+    kept = fitted(parent, pool, limits)
+    if isinstance(kept, Rejection):
+        reflector.rejections[kept.reason] += 1
+        return kept
+    return Edited(kept, number, origins)
 
 
 def pooled(operations: Sequence[Operation]) -> list[Operation]:
@@ -148,23 +184,41 @@ def candidates(
     """
     pool = {p.id: Candidate(p.id, p.text) for p in parent.principles}
     number = last_id(parent.principles, parent.last_id)
-    for suggestion in suggestions:
-        if suggestion.op == "remove" or fingerprint(suggestion.text) in {fingerprint(c.text) for c in pool.values()}:
+    for asked in suggestions:
+        if asked.op == "remove" or fingerprint(asked.text) in {fingerprint(c.text) for c in pool.values()}:
             continue
-        if suggestion.op == "modify" and pool[suggestion.id].source == "current":
-            pool[suggestion.id] = Candidate(suggestion.id, suggestion.text, "modified", suggestion.support)
+        origin = Origin(asked.op, asked.ids, asked.evidence, asked.support)
+        if asked.op == "modify" and pool[asked.id].source == "current":
+            pool[asked.id] = Candidate(asked.id, asked.text, "modified", asked.support, origin)
         else:
             number += 1
-            pool[f"G{number}"] = Candidate(f"G{number}", suggestion.text, "new", suggestion.support)
+            pool[f"G{number}"] = Candidate(f"G{number}", asked.text, "new", asked.support, origin)
     if carry_out_removals:
-        for suggestion in suggestions:
-            if suggestion.op == "remove" and pool[suggestion.id].source == "current":
-                pool[suggestion.id] = replace(pool[suggestion.id], support=-1)
+        for asked in suggestions:
+            if asked.op == "remove" and pool[asked.id].source == "current":
+                pool[asked.id] = replace(pool[asked.id], support=-1)
     return [c for c in pool.values() if c.support >= 0], number
 
 
-def fitted(pool: Sequence[Candidate], limit: int) -> tuple[Principle, ...]:
-    """At most `limit` principles: the new ones that come last (the least supported) are left out."""
-    spare = max(limit - sum(c.source != "new" for c in pool), 0)
-    new = [c.id for c in pool if c.source == "new"][:spare]
-    return tuple(Principle(c.id, c.text) for c in pool if c.source != "new" or c.id in new)
+def fitted(parent: SystemPrompt, pool: Sequence[Candidate], limits: Limits) -> tuple[Principle, ...] | Rejection:
+    """As much of the pool as the limits allow: additions are left out and then changes undone, the least supported
+    first. A rejection where nothing of it remains."""
+    before = {p.id: p.text for p in parent.principles}
+    texts = {c.id: c.text for c in pool}
+    additions = [c.id for c in reversed(pool) if c.source == "new"]
+    changes = [c.id for c in sorted(pool, key=lambda c: c.support) if c.source == "modified"]
+    first = refused = refused_list(_listed(texts), limits)
+    for given_up in (*additions, *changes):
+        if refused is None:
+            break
+        if given_up in before:
+            texts[given_up] = before[given_up]
+        else:
+            del texts[given_up]
+        refused = refused_list(_listed(texts), limits)
+    nothing = first is not None and (refused is not None or texts == before)
+    return first if nothing and first is not None else _listed(texts)
+
+
+def _listed(texts: Mapping[str, str]) -> tuple[Principle, ...]:
+    return tuple(Principle(i, text) for i, text in texts.items())

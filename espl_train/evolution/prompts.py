@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-Operator = Literal["root", "mutation", "crossover"]
+Operator = Literal["root", "mutation", "crossover", "prune", "immigrant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,32 @@ class SystemPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The edit that wrote a principle, and what went into it.
+
+    `sources` are ids of the list that was edited; with the name of a prompt before them ("p0003.G2") once there are
+    several. `evidence` is the model's own justification, `support` how many critiques asked for it.
+    """
+
+    op: Literal["root", "add", "modify", "merge"]
+    sources: tuple[str, ...] = ()
+    evidence: str = ""
+    support: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Child:
-    """A bred prompt before the population gave it an id and a rating."""
+    """A bred prompt before the population gave it an id and a rating.
+
+    The first parent is the list that was edited: a principle that it has under the same id and with the same text was
+    handed down. `origins` tells what is known of the others, by id.
+    """
 
     principles: tuple[Principle, ...]
     operator: Operator
     parents: tuple[str, ...]
     last_id: int = 0
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
