@@ -134,15 +134,19 @@ class Endpoint:
 
         async def act(messages: Conversation) -> Reply:
             nonlocal turn
-            body = self._body(messages, tools)
-            if self.door.sampling.seeded:
-                body["seed"] = derive(seat.seed, turn) & 0x7FFFFFFF
+            body = self._body(messages, tools, derive(seat.seed, turn))
             turn += 1
             return await self._reply(body, seat.seed + turn, urgent=turn > 1)
 
         yield act
 
-    def _body(self, messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    async def ask(self, messages: Conversation, seed: int) -> Reply:
+        """One reply outside of any episode. Raises as `completed` does, and AgentFailed for what is no reply."""
+        return await self._reply(self._body(messages, (), seed), seed, urgent=False)
+
+    def _body(
+        self, messages: Conversation, tools: Sequence[Mapping[str, Any]], seed: int | None = None
+    ) -> dict[str, Any]:
         sampling = self.door.sampling
         sent = [message.to_openai() for message in messages] if self.door.verbatim else to_wire(messages)
         body: dict[str, Any] = {"model": self.door.model, "messages": sent}
@@ -152,6 +156,8 @@ class Endpoint:
             body[self._limit_name] = sampling.max_tokens
         if tools:
             body["tools"] = tools
+        if sampling.seeded and seed is not None:
+            body["seed"] = seed & 0x7FFFFFFF
         return {**body, **sampling.more}
 
     async def _reply(self, body: dict[str, Any], seed: int, urgent: bool) -> Reply:
@@ -280,7 +286,7 @@ class Endpoint:
 
     async def preflight(self, tools: Sequence[ToolSpec]) -> None:
         """One short call with the settings that episodes will use. Raises EsplError in one sentence."""
-        body = self._body((), tools_to_wire(tools))
+        body = self._body((), tools_to_wire(tools), 0)
         body["messages"] = [{"role": "user", "content": "Hello."}]
         problem: Passing | None = None
         try:

@@ -29,10 +29,12 @@ BEYOND_REPAIR = (Reason.COMPLETION_FAILED, Reason.DEADLINE, Reason.BUDGET, Reaso
 
 @dataclass(frozen=True, slots=True)
 class Purpose:
-    """What a call is for: its stage, and the id of the prompt that is to have a child ("" where nobody said)."""
+    """What a call is for: its stage, the id of the prompt that is to have a child, and the environment that this is one
+    of (all "" where nobody said)."""
 
     stage: str = ""
     prompt: str = ""
+    island: str = ""
 
 
 UNSAID = Purpose()
@@ -41,7 +43,7 @@ PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=UNSAID)
 
 @contextmanager
 def purpose(**changes: str) -> Iterator[None]:
-    """Calls in the block (and in tasks that it starts) are for that `stage`, for that `prompt`."""
+    """Calls in the block (and in tasks that it starts) are for that `stage`, `prompt`, `island`."""
     token = PURPOSE.set(replace(PURPOSE.get(), **changes))
     try:
         yield

@@ -209,9 +209,12 @@ def read_config(path: Path) -> Config:
 def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration with which the run in `path` goes on. Raises RunError for an override that would change it."""
     config = override(stored, overrides)
-    changed = differences(stored, config, [key for key in options() if any(fnmatchcase(key, name) for name in HARMLESS)])
+    free = [key for key in options() if any(fnmatchcase(key, pattern) for pattern in HARMLESS)]
+    changed = differences(stored, config, free)
     if "out" in changed:
         raise RunError(f"A run continues in its own directory {path}: leave --out away.")
+    if config.steps != stored.steps and config.schedule in ("sequential", "weights_then_prompts"):
+        raise RunError(f"The schedule {config.schedule} turns after a share of {stored.steps} steps: leave --steps away.")
     if changed:
         raise RunError(
             f"A run is continued with its own settings, so {_list_changes(changed)} cannot change now; only "
