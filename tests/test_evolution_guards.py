@@ -64,8 +64,8 @@ def test_every_accepted_answer_is_refused_and_counts_once_for_its_problem() -> N
 
 
 def test_labels_that_many_problems_share_pass() -> None:
-    assert guard("false", "true", "true", "false", "false", "true").check("Say true only after a proof.") is None
-    assert guard("true", "12", "13").check("Say true only after a proof.") is not None
+    assert guard("cat", "zebra", "zebra", "cat", "cat", "zebra").check("Say zebra only after a proof.") is None
+    assert guard("zebra", "12", "13").check("Say zebra only after a proof.") is not None
 
 
 def test_a_long_piece_of_a_problem_is_refused() -> None:
@@ -104,7 +104,7 @@ def test_ordinary_unicode_passes(text: str) -> None:
 
 
 def test_problems_are_learnt_once_however_often_shown() -> None:
-    made = guard("true")
+    made = guard("zebra")
     for _ in range(9):
-        made.learn({0: Task("t0", "train", QUESTION, "true")})
-    assert made.check("It is true.") is not None
+        made.learn({0: Task("t0", "train", QUESTION, "zebra")})
+    assert made.check("It is the zebra.") is not None

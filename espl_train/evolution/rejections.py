@@ -30,6 +30,8 @@ class Reason(StrEnum):
     LEAKED_PROBLEM = "leaked_problem"
     CONTROL_CHARACTER = "control_character"
     SPECIAL_TOKEN = "special_token"
+    CANARY = "canary"
+    ORDER = "order"
     TOO_LONG = "too_long"
     COMPLETION_FAILED = "completion_failed"      # the call itself
     DEADLINE = "deadline"
