@@ -32,6 +32,9 @@ class EnvConfig(Section):
     holdout_from: Split | None = Field(
         None, description="carve train, validation and test out of this one split (for sets that come in one piece)"
     )
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="its share of the problems, beside other environments"
+    )
 
 
 class ModelConfig(Section):
@@ -324,6 +327,13 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0, description="of everything that is random")
     steps: Positive = Field(30, description="iterations")
+    schedule: Literal["joint", "sequential", "weights_then_prompts", "alternating"] = Field(
+        "joint", description="both in every step; prompts, then weights with the best of them; the reverse; by turns"
+    )
+    schedule_share: Fraction = Field(
+        0.5, description="sequential, weights_then_prompts: share of the steps before the turn"
+    )
+    schedule_period: Positive = Field(5, description="alternating: so many steps for prompts, then as many for weights")
     out: str | None = Field(None, description="run directory; default: runs/<env>-<UTC time>")
     checkpoint_every: Positive = Field(1, description="iterations between checkpoints")
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
@@ -331,6 +341,9 @@ class Config(Section):
         "auto", description="reflection while the learner works; auto: on GPUs, where the engine can; same results"
     )
     tensorboard: bool = Field(True, description="write TensorBoard scalars")
+    envs: dict[str, EnvConfig] = Field(
+        {}, description="several environments by name, in place of [env]: --env A=2 --env B, or --envs.NAME.OPTION"
+    )
     env: EnvConfig = EnvConfig()
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -341,3 +354,13 @@ class Config(Section):
     evolution: EvolutionConfig = EvolutionConfig()
     reflection: ReflectionConfig = ReflectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def environments(self) -> dict[str, EnvConfig]:
+        """By name; the only one of a run has the name ""."""
+        return self.envs or {"": self.env}
+
+    @property
+    def env_ids(self) -> str:
+        """What is trained on, in a word or two."""
+        return " + ".join(env.id for env in self.environments.values())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from espl_train.settings import environments
 from espl_train.settings.layers import preset_descriptions
 from espl_train.settings.options import (
     ConfigError,
@@ -46,6 +47,7 @@ espl-train trains a language model's weights and its system prompt together (E-S
 """
 COMMAND_OPTIONS = (
     ("--env ID", "environment to train on (env.id)"),
+    ("--env ID=WEIGHT --env …", "several at once; options of an environment (--env.args.NAME) follow its --env"),
     ("--tools NAME,…", "tools of the environment, as in --tools python (env.args.tools); may be given several times"),
     ("--test-env ID", "environment of the final test (env.test_id)"),
     ("--model PATH", "'micro', a folder or a hub id (model.path)"),
@@ -84,7 +86,8 @@ class Request:
 
 def parse(argv: Sequence[str]) -> Request:
     """Read the arguments. Raises ConfigError at the first that cannot be understood."""
-    overrides: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    scopes: list[dict[str, Any]] = []          # one per --env: the options of environments go to the last
     presets: list[str] = []
     paths: dict[str, Path] = {}
     flags: set[str] = set()
@@ -108,7 +111,8 @@ def parse(argv: Sequence[str]) -> Request:
             profile = _steps(value) if equals else ()
         elif name == "tools":
             given = value if equals else _next(rest, name)
-            overrides[TOOLS] = [*overrides.get(TOOLS, ()), *(t.strip() for t in given.split(",") if t.strip())]
+            scope = scopes[-1] if scopes else others
+            scope[TOOLS] = [*scope.get(TOOLS, ()), *(t.strip() for t in given.split(",") if t.strip())]
         elif name in VALUES:
             text = value if equals else _next(rest, name)
             if name == "preset":
@@ -117,11 +121,16 @@ def parse(argv: Sequence[str]) -> Request:
                 paths[name] = Path(text)
         else:
             key, option = _find(name)
+            if key == "env.id":
+                scopes.append(environments.weighted(value if equals else _next(rest, name)))
+                continue
+            scope = scopes[-1] if scopes and key.startswith(environments.ENV) else others
             if option is not None and option.kind is bool and not equals and not _is_bool(rest):
-                overrides[key] = True
+                scope[key] = True
                 continue
             text = value if equals else _next(rest, name)
-            overrides[key] = option.read(text) if option is not None else read_loose(text)
+            scope[key] = option.read(text) if option is not None else read_loose(text)
+    overrides = environments.scoped(others, scopes)
     request = Request(overrides, tuple(presets), paths.get("config"), paths.get("resume"), frozenset(flags), profile)
     if request.resume and (request.presets or request.config):
         raise ConfigError("--resume continues a run with its own settings: leave --preset and --config out.")
@@ -150,6 +159,8 @@ def _find(name: str) -> tuple[str, Option | None]:
     key = SHORT.get(name) or (name if name in options() else name.replace("-", "_"))
     if key in options():
         return key, options()[key]
+    if name.startswith("envs."):
+        return name, environments.option(name)
     table = options().get(name.rpartition(".")[0].replace("-", "_"))
     if table is not None and table.is_table:
         return f"{table.key}.{name.rpartition('.')[2]}", None

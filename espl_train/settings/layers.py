@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from espl_train.config import Config
+from espl_train.settings import environments
 from espl_train.settings.checks import check
 from espl_train.settings.options import ConfigError, explain, hint, nearest, nearest_option, options, sections, unfit
 
@@ -50,6 +51,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 def build(layers: Sequence[Layer]) -> Config:
     """Merge the layers in order, validate, check."""
     values, origins = _merge(layers)
+    values = environments.settled(values)
     if problems := [p for key, value in values.items() if (p := unfit(options()[key], value, origins.get(key, "")))]:
         raise ConfigError("\n".join(problems))
     try:
@@ -68,8 +70,12 @@ def _merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
         for key, dependents in BELONGS_TO.items():
             if key in layer.values and layer.values[key] != values[key]:
                 values.update({d: options()[d].default for d in dependents})
+        values[environments.ENVS] = environments.merged(values[environments.ENVS], layer.values, layer.origin)
         for key, value in layer.values.items():
             table, _, entry = key.rpartition(".")
+            if key.partition(".")[0] == environments.ENVS:
+                origins[environments.ENVS] = layer.origin
+                continue
             if key in options():
                 values[key] = value
             else:
@@ -172,10 +178,15 @@ def to_toml(config: Config) -> str:
         if value is None and options()[key].default is None:
             continue
         values[key] = "none" if value is None else value
+    values[environments.ENVS] = {n: _known(table) for n, table in values[environments.ENVS].items()}
     try:
         return tomli_w.dumps(_nest(values))
     except TypeError as error:
         raise ConfigError(f"The configuration cannot be written as TOML: {error}.") from None
+
+
+def _known(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if value is not None}
 
 
 def _preset_files() -> dict[str, str]:

@@ -192,11 +192,14 @@ def _is_number(option: Option) -> bool:
 def explain(error: Mapping[str, Any], origin: str = "") -> str:
     """One pydantic error as a sentence. `origin` says where the value was written, e.g. "command line"."""
     parts = [str(p) for p in error["loc"]]
+    shown = ""
+    if parts[0] == "envs" and len(parts) > 2:            # an environment of several: an option as of the only one
+        shown, parts = ".".join(parts[:3]), ["env", *parts[2:]]
     key = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in options()), None)
     where = f" ({origin})" if origin else ""
     if key is None:
         return f"{'.'.join(parts)}{where}: {error['msg']}."
-    option, value = options()[key], error["input"]
+    option, value, key = options()[key], error["input"], shown or key
     if option.choices:
         close = nearest(str(value), option.choices)
         return f"{key} is {value!r}{where}; it takes one of {', '.join(option.choices)}.{hint(close)}"
