@@ -334,6 +334,13 @@ class Config(Section):
         0.5, description="sequential, weights_then_prompts: share of the steps before the turn"
     )
     schedule_period: Positive = Field(5, description="alternating: so many steps for prompts, then as many for weights")
+    schedule: Literal["joint", "sequential", "weights_then_prompts", "alternating"] = Field(
+        "joint", description="both in every step; prompts, then weights with the best of them; the reverse; by turns"
+    )
+    schedule_share: Fraction = Field(
+        0.5, description="sequential, weights_then_prompts: share of the steps before the turn"
+    )
+    schedule_period: Positive = Field(5, description="alternating: so many steps for prompts, then as many for weights")
     out: str | None = Field(None, description="run directory; default: runs/<env>-<UTC time>")
     checkpoint_every: Positive = Field(1, description="iterations between checkpoints")
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")

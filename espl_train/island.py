@@ -43,10 +43,23 @@ class Island:
         self.breeder = Breeder(config.evolution, templates, config.seed, chat.tokenizer.all_special_tokens)
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
         self.lengths = Lengths()
+        self.chosen: str | None = None      # who plays alone, while only weights learn
         limits = boxes.limited(config.rollout)
         self.collectors = {
             problems.part: Collector(problems.make, chat, engine, limits, config.seed) for problems in sets
         }
+
+    @property
+    def leader(self) -> str:
+        """The prompt of the moment: the chosen one while only weights learn, else the best rated."""
+        return self.chosen or self.population.elite.id
+
+    def players(self, step: int) -> dict[str, int]:
+        """Who plays in `step`: prompt → samples per problem, the same number in all whoever plays."""
+        rollout = self.config.rollout
+        if self.chosen:
+            return {self.chosen: rollout.prompts * rollout.samples}
+        return self.population.select(step, rollout.prompts, rollout.samples)
 
     def text(self, prompt: str) -> str:
         """A system prompt as the model sees it: in training, in evaluation and in every export."""
@@ -64,18 +77,20 @@ class Island:
     def settle(
         self, step: int, groups: Sequence[Group], bred: BreedingReport | None
     ) -> tuple[Mapping[str, Any] | None, tuple[SystemPrompt, ...]]:
-        """Rate who played (not in mode `rl`), then take in the children: what the match came to, and who was born."""
-        match = self.population.rate(groups) if self.config.mode != "rl" else None
-        return match, self.population.add(bred.children, step) if bred else ()
+        """Where prompts breed, rate who played, then take in the children: what the match came to, and who was born."""
+        if bred is None:
+            return None, ()
+        return self.population.rate(groups), self.population.add(bred.children, step)
 
     def candidates(self, most: int) -> list[str]:
-        """The root prompt, and the `most` best rated."""
-        return list(dict.fromkeys([self.population.root.id, *self.population.top(most)]))
+        """The root prompt, and the chosen one or the `most` best rated."""
+        best = [self.chosen] if self.chosen else self.population.top(most)
+        return list(dict.fromkeys([self.population.root.id, *best]))
 
     def best(self, validation: Mapping[str, float], final: bool) -> str:
-        """The prompt of the moment: the best rated; at the end the one that the configured choice names."""
-        if not final:
-            return self.population.elite.id
+        """The prompt of the moment: the leader; at the end the one that the configured choice names."""
+        if self.chosen or not final:
+            return self.leader
         scores = {m.prompt.id: validation.get(f"validation/{m.prompt.id}") for m in self.population.members}
         known = {prompt: score for prompt, score in scores.items() if score is not None and math.isfinite(score)}
         return self.population.best(self.config.evaluation.choice, known).id
@@ -87,6 +102,7 @@ class Island:
             "breeder": self.breeder.state(),
             "deck": self.deck.position,
             "lengths": self.lengths.to_json(),
+            "chosen": self.chosen,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -96,6 +112,7 @@ class Island:
         self.breeder.restore(state["breeder"])
         self.deck = Deck(self.sets.train, config.seed, state["deck"])
         self.lengths = Lengths.from_json(state["lengths"])
+        self.chosen = state["chosen"]
 
     def close(self) -> None:
         """Close all environments. Again is fine."""
@@ -179,8 +196,7 @@ class Batch:
     @classmethod
     def of(cls, island: Island, step: int, size: int) -> Batch:
         """The batch of `step`: who plays, and on what."""
-        rollout = island.config.rollout
-        return cls(island, island.population.select(step, rollout.prompts, rollout.samples), size)
+        return cls(island, island.players(step), size)
 
     def due(self) -> Round | None:
         """What has to be played next; None when the batch is complete."""

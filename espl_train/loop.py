@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from espl_envs.core import background
 from espl_envs.core.errors import EsplError
-from espl_train import report
+from espl_train import report, schedule
 from espl_train.chat import Chat
 from espl_train.completion import EngineCompleter
 from espl_train.config import Config
@@ -92,6 +92,7 @@ class Trainer:
         self.step += 1
         if self.profile:
             self.profile.begin(self.step, self.first, config.steps)
+        self._turn()
         with self.phases("select"):
             batches = [Batch.of(island, self.step, config.rollout.problems) for island in self.islands]
         counts = self._play_out(batches)
@@ -111,6 +112,19 @@ class Trainer:
         done = IterationReport(self.step, parts, update, seconds, {**counts, **self.phases.take()})
         self.totals = self.totals.plus(done.rollouts, done.reflection_tokens, seconds)
         return done
+
+    def _turn(self) -> None:
+        """Where only weights learn from here on, choose who plays meanwhile, as it is done at the end of a run; where
+        prompts breed again, let all of them play."""
+        alone = self.config.mode == "evolution_rl" and schedule.phase(self.config, self.step) == schedule.WEIGHTS
+        due = [i for i in self.islands if alone != (i.chosen is not None)]
+        doubtful = any(len(i.population) > 1 for i in due) and self.config.evaluation.choice == "validation"
+        found = self._validate(final=True) if alone and doubtful else {}
+        for island in due:
+            island.chosen = island.best(found.get(island.name, {}), final=True) if alone else None
+            if island.chosen and len(island.population) > 1:
+                self.console.note(f"the weights learn with {island.chosen} alone from here on")
+                self.run.log.event(self.step, "chosen", prompt=island.chosen, scores=found.get(island.name, {}))
 
     def evaluate(
         self, part: Part, prompts: Mapping[str, Sequence[str]], most: int, name: str, base: bool = False
@@ -154,16 +168,16 @@ class Trainer:
         self, batches: Sequence[Batch], completers: Sequence[EngineCompleter]
     ) -> tuple[Sequence[BreedingReport | None], report.UpdateReport | None]:
         """Both need the groups and nothing of each other: at once where that is faster, with the same results."""
-        mode = self.config.mode
-        if mode == "evolution_rl" and self.overlaps:
+        now = schedule.phase(self.config, self.step)
+        if now == schedule.BOTH and self.overlaps:
             with beside(self._breed(batches, completers)) as breeding:
                 update = self._update(batches, "update and reflection")
             return breeding.result(), update
         bred: Sequence[BreedingReport | None] = [None] * len(batches)
-        if mode != "rl":
+        if now.breeds:
             self.console.phase("reflection")
             bred = background.run_through(self._breed(batches, completers))
-        return bred, self._update(batches) if mode != "evolution" else None
+        return bred, self._update(batches) if now.learns else None
 
     async def _breed(
         self, batches: Sequence[Batch], completers: Sequence[EngineCompleter]
@@ -200,7 +214,7 @@ class Trainer:
         evaluation = self.config.evaluation
         prompts = {i.name: i.candidates(evaluation.prompts if final else 1) for i in self.islands}
         found = self.evaluate("validation", prompts, evaluation.problems, "validation")
-        return {i.name: metrics(found[i.name], i.population.root.id, i.population.top(1)[0]) for i in self.islands}
+        return {i.name: metrics(found[i.name], i.population.root.id, i.leader) for i in self.islands}
 
     def _begin(self) -> None:
         """Where the run starts from: the root prompts on the base weights."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from espl_envs.core.errors import EsplError
+from espl_train import schedule
 from espl_train.config import Config
 from espl_train.problems import ProblemSets
 from espl_train.sandboxes import check, equipped, parameters, wanted
@@ -119,6 +120,9 @@ def _work(config: Config) -> Iterator[tuple[str, str]]:
         shape = f"the root prompt x {rollout.problems} problems x {rollout.prompts * rollout.samples} samples"
     rounds = 1 + rollout.dynamic_rounds
     yield "mode", config.mode
+    if config.schedule != "joint":
+        breed, learn = schedule.counts(config)
+        yield "schedule", f"{config.schedule}: {breed} steps for prompts, {learn} for weights with one prompt alone"
     yield "each step", f"{per_step:,} rollouts: {shape}, at most {per_step * rollout.max_total_tokens:,} sampled tokens"
     if rounds > 1:
         yield "", f"up to {rounds} rounds, each for the problems that had no contrast before"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espl_train import schedule
 from espl_train.compiling import compile_layers
 from espl_train.config import Config, LearnerConfig
 from espl_train.learner import attention, corrections, memory, schedules
@@ -78,9 +79,9 @@ class Learner:
     @classmethod
     def of(cls, config: Config, ranks: Ranks = ALONE) -> Learner:
         """The learner of a run, with the policy that it loads. Raises EsplError where that cannot be."""
-        policy = ranks.load(config)
+        policy, (_, updates) = ranks.load(config), schedule.counts(config)
         with ranks.together():
-            return cls(policy, config.learner, config.rollout.temperature, updates=config.steps, ranks=ranks)
+            return cls(policy, config.learner, config.rollout.temperature, updates=updates, ranks=ranks)
 
     def update(self, groups: Sequence[Group]) -> UpdateReport:
         """Learn from one batch of groups (advantages assigned): at most one optimiser step."""

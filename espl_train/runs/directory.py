@@ -214,7 +214,8 @@ def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Confi
     if "out" in changed:
         raise RunError(f"A run continues in its own directory {path}: leave --out away.")
     if config.steps != stored.steps and config.schedule in ("sequential", "weights_then_prompts"):
-        raise RunError(f"The schedule {config.schedule} turns after a share of {stored.steps} steps: leave --steps away.")
+        when = f"after a share of {stored.steps} steps"
+        raise RunError(f"The schedule {config.schedule} turns {when}: leave --steps away.")
     if changed:
         raise RunError(
             f"A run is continued with its own settings, so {_list_changes(changed)} cannot change now; only "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from espl_train import schedule
 from espl_train.config import Config, LearnerConfig
 from espl_train.settings.options import ConfigError
 
@@ -22,7 +23,8 @@ RESIDENTS = 4      # root, elite, and the two children of a step: none of them m
 def check(config: Config) -> None:
     """Raises ConfigError with one sentence per combination that cannot work."""
     problems = [
-        *_sampling(config), *_learning(config), *_evolution(config), *_reflection(config), *_rest(config)
+        *_sampling(config), *_learning(config), *_schedule(config), *_evolution(config), *_reflection(config),
+        *_rest(config),
     ]  # fmt: skip
     if problems:
         raise ConfigError("\n".join(problems))
@@ -51,7 +53,8 @@ def _sampling(config: Config) -> Iterator[str]:
 
 def _learning(config: Config) -> Iterator[str]:
     rollout, learner = config.rollout, config.learner
-    per_group = rollout.samples * (rollout.prompts if config.mode == "rl" else 1)
+    alone = config.mode == "rl" or config.schedule != "joint"
+    per_group = rollout.samples * (rollout.prompts if alone else 1)
     if config.mode != "evolution" and per_group < 2 and learner.baseline.startswith("prompt"):
         yield (
             f"rollout.samples is {rollout.samples}: with one sample the baseline {learner.baseline!r} equals the "
@@ -82,6 +85,24 @@ def _bounds(learner: LearnerConfig) -> Iterator[str]:
                 f"learner.{key} is {list(bounds)}; these are bounds of the ratio itself and stand around 1, "
                 "as in [0.8, 1.28]."
             )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    if config.schedule == "joint":
+        return
+    if config.mode != "evolution_rl":
+        yield (
+            f"schedule is {config.schedule}, which parts the steps between prompts and weights, but in mode "
+            f"{config.mode} only one of them learns: use --mode evolution_rl, or leave the schedule out."
+        )
+        return
+    breed, learn = schedule.counts(config)
+    if not (breed and learn):
+        idle, key = "weights" if breed else "prompts", "period" if config.schedule == "alternating" else "share"
+        yield (
+            f"schedule is {config.schedule} with schedule_{key} {getattr(config, f'schedule_{key}'):g}, which leaves "
+            f"none of {config.steps} steps for the {idle}."
+        )
 
 
 def _evolution(config: Config) -> Iterator[str]:
