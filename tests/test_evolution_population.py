@@ -107,7 +107,7 @@ def test_ratings_never_go_on_as_another_kind() -> None:
 def test_a_checkpoint_from_before_there_were_kinds_is_trueskill() -> None:
     people = grown(3)
     people.rate(batch(p0000=[[0.0]] * 4, p0001=[[1.0]] * 4))
-    old = {key: value for key, value in people.to_json().items() if key in ("born", "members")}
+    old = {key: value for key, value in people.to_json().items() if key in ("born", "members", "lineage")}
     assert Population.from_json(old, EvolutionConfig(), RATING, seed=3).members == people.members
     with pytest.raises(EsplError):
         Population.from_json(old, EvolutionConfig(), RatingConfig(kind="item_response"), seed=3)

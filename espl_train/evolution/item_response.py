@@ -113,7 +113,10 @@ class ItemResponse:
         )
 
     def born(self, child: str, parents: Sequence[str]) -> ItemResponse:
-        """With a skill that is the mean of the parents' plus noise, and correlated with all that they are."""
+        """With a skill that is the mean of the parents' plus noise, and correlated with all that they are.
+
+        A child of nobody is like one of the root, whose skill is what all others are measured from.
+        """
         weights = np.zeros(len(self.mean))
         for parent in parents:
             if parent != self.root:

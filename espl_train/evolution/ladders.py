@@ -104,12 +104,14 @@ UPDATES: dict[str, Update] = {"trueskill": by_trueskill, "openskill": by_openski
 
 
 def inherit(parents: Sequence[Rating], config: RatingConfig) -> Rating:
-    """The rating of a child: the parents' precision-weighted mean, and an uncertainty.
+    """The rating of a child: the parents' precision-weighted mean, and an uncertainty. Without parents a newcomer's.
 
     With one parent (mutation) sigma² = sigma_p² + delta². With several (crossover) the parents' part is 1/Σ(1/sigma²)
     as `reference`, which treats their errors as independent; `conservative` treats them as one and the same error (they
     played the same games), so that no child is born more certain than its most certain parent.
     """
+    if not parents:
+        return Rating(config.mu, config.sigma)
     first, weights = parents[0], [1 / p.sigma**2 for p in parents]
     total = math.fsum(weights)
     mu = first.mu + math.fsum(w * (p.mu - first.mu) for w, p in zip(weights, parents, strict=True)) / total

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from espl_train.config import EvolutionConfig, RatingConfig
 from espl_train.evolution import beliefs, ratings, selection
 from espl_train.evolution.frontier import Frontier
+from espl_train.evolution.lineage import Lineage
 from espl_train.evolution.prompts import Child, Principle, Rating, SystemPrompt
 from espl_train.randomness import generator
 from espl_train.records import Group
@@ -28,13 +29,15 @@ class Member:
 
 
 class Population:
-    """All living prompts. Grows by `add`, learns by `rate`, plays by `select`."""
+    """All living prompts, and the `lineage` of all that ever were. Grows by `add`, learns by `rate`, plays by `select`."""
 
     def __init__(self, evolution: EvolutionConfig, rating: RatingConfig, seed: int) -> None:
         self._evolution, self._rating, self._seed = evolution, rating, seed
         principles = tuple(Principle(f"G{i}", text) for i, text in enumerate(evolution.root, 1))
         root = SystemPrompt("p0000", principles, last_id=len(principles))
         self._prompts: dict[str, SystemPrompt] = {root.id: root}
+        self.lineage = Lineage()
+        self.lineage.add(root, {})
         self._games: dict[str, int] = {root.id: 0}
         self._beliefs = beliefs.start(rating, root.id)
         self._frontier = Frontier(evolution.pareto_window)
@@ -117,6 +120,7 @@ class Population:
         """Count a batch. Returns what happened, for the log: values, ranks, and the ratings of the players."""
         match, self._beliefs = self._count(groups)
         self._frontier.record(match.step, match.rewards)
+        self.lineage.observe(match.rewards)
         contested = len(match.ranks) > 1
         for prompt in match.ranks if contested else ():
             self._games[prompt] += 1
@@ -148,7 +152,8 @@ class Population:
         )
         self._born += 1
         self._prompts[prompt.id], self._games[prompt.id] = prompt, 0
-        self._beliefs = self._beliefs.born(prompt.id, child.parents)
+        self._beliefs = self._beliefs.born(prompt.id, () if child.operator == "immigrant" else child.parents)
+        self.lineage.add(prompt, child.origins)
         return prompt
 
     def _drop(self, prompt: str) -> None:
@@ -162,6 +167,7 @@ class Population:
             "members": [asdict(m) for m in self.members],
             "beliefs": beliefs.save(self._beliefs, self._rating),
             "frontier": self._frontier.to_json(),
+            "lineage": self.lineage.to_json(),
         }
 
     @classmethod
@@ -177,6 +183,7 @@ class Population:
         known = {m.prompt.id: m.rating for m in members}
         population._beliefs = beliefs.restore(data.get("beliefs"), known, rating, population.root.id)
         population._frontier = Frontier.from_json(data.get("frontier", ()), evolution.pareto_window)
+        population.lineage = Lineage.from_json(data["lineage"])
         return population
 
 

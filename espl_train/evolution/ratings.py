@@ -50,7 +50,7 @@ class Beliefs(Protocol):
         ...
 
     def born(self, child: str, parents: Sequence[str]) -> Beliefs:
-        """The beliefs with a child, known by its parents alone."""
+        """The beliefs with a child, known by its parents alone; nothing is known of it where there are none."""
         ...
 
     def without(self, prompt: str) -> Beliefs:
