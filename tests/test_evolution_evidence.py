@@ -45,6 +45,25 @@ def test_without_a_window_only_the_parents_last_batch_counts() -> None:
     assert [c.task for c in evidence.contrasts(1, "b")] == [0]
 
 
+def test_a_contrast_is_as_old_as_its_older_side() -> None:
+    """What was wrong long ago and is right now says more about the weights than about principles."""
+    evidence = buffer(cases=1, critiques=2)
+    evidence.record(0, [group("a", 0, [0, 0])], tasks(3))
+    evidence.record(4, [group("a", 1, [1, 0], step=4), group("a", 2, [1, 0], step=4)], tasks(3))
+    evidence.record(5, [group("a", 0, [1, 1], step=5)], tasks(3))
+    assert [c.task for c in evidence.contrasts(5, "a")] == [1, 2], "problem 0 was attempted last and comes last"
+
+
+def test_an_attempt_tells_whose_and_how_old_it_is() -> None:
+    evidence = buffer()
+    evidence.record(2, [group("a", 0, [0], step=2)], tasks(1))
+    evidence.record(5, [group("a", 0, [0], step=5), group("b", 0, [1], step=5)], tasks(1))
+    (contrast,) = evidence.contrasts(5, "a")
+    shown = contrast.shown("verdict", "a").attempts
+    assert [(a.verdict, a.own, a.age) for a in shown] == [("right", False, 0), ("wrong", True, 0), ("wrong", True, 3)]
+    assert [a.own for a in contrast.shown("none", "b").attempts].count(True) == 1
+
+
 def test_newest_first_and_each_problem_once() -> None:
     evidence = buffer(cases=2, critiques=1)
     for step, problem in enumerate([4, 2, 7, 2]):
@@ -84,7 +103,7 @@ def test_the_reference_answer_is_shown_only_on_request(visibility: str, answer: 
     """Method §11 item 6."""
     evidence = buffer()
     evidence.record(0, [group("a", 0, [0, 1])], tasks(1))
-    case = evidence.contrasts(0, "a")[0].shown(visibility)  # type: ignore[arg-type]
+    case = evidence.contrasts(0, "a")[0].shown(visibility, "a")  # type: ignore[arg-type]
     assert case.answer == answer
     verdicts = [a.verdict for a in case.attempts]
     assert verdicts == (["unknown"] * 2 if visibility == "none" else ["right", "wrong"])

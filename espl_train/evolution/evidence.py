@@ -35,13 +35,18 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt as a template sees it. Without verdicts (`answer_visibility = "none"`) the reward is hidden too."""
+    """One attempt as a template sees it. Without verdicts (`answer_visibility = "none"`) the reward is hidden too.
+
+    `own` says whether it was made with the very principles that are to be edited, `age` how many iterations ago.
+    """
 
     verdict: Verdict
     reward: float
     replies: tuple[str, ...]
     transcript: str
     summary: str | None = None
+    own: bool = True
+    age: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +60,28 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """A case before it is shown: the traces behind it, right ones first, and which of them are right."""
+    """A case before it is shown: the traces behind it, right ones first, and which of them are right. `step` is now."""
 
+    step: int
     task: int
     question: str
     answer: str
     traces: tuple[Trace, ...]
     right: tuple[bool, ...]
 
-    def attempts(self, visibility: Visibility) -> list[Attempt]:
-        """The attempts in the order of the traces, as much of them as reflection may see."""
-        if visibility == "none":
-            return [Attempt("unknown", 0.0, t.replies, t.transcript, t.summary) for t in self.traces]
-        return [
-            Attempt("right" if good else "wrong", t.reward, t.replies, t.transcript, t.summary)
-            for t, good in zip(self.traces, self.right, strict=True)
-        ]
+    def attempts(self, visibility: Visibility, prompt: str) -> list[Attempt]:
+        """The attempts in the order of the traces, as much of them as a reflection on `prompt` may see."""
+        found, hidden = [], visibility == "none"
+        for t, good in zip(self.traces, self.right, strict=True):
+            verdict: Verdict = "unknown" if hidden else "right" if good else "wrong"
+            reward, own, age = 0.0 if hidden else t.reward, t.prompt == prompt, self.step - t.step
+            found.append(Attempt(verdict, reward, t.replies, t.transcript, t.summary, own, age))
+        return found
 
-    def shown(self, visibility: Visibility) -> Case:
-        """What a critique sees of it. Without verdicts the order must not tell either: attempts come by text."""
-        attempts = self.attempts(visibility)
+    def shown(self, visibility: Visibility, prompt: str) -> Case:
+        """What a critique of `prompt` sees of it. Without verdicts the order must not tell either: attempts come by
+        text."""
+        attempts = self.attempts(visibility, prompt)
         if visibility == "none":
             attempts.sort(key=lambda a: a.transcript)
         return Case(self.question, self.answer if visibility == "full" else None, tuple(attempts))
@@ -104,14 +111,20 @@ class Evidence:
                 del self._traces[problem], self._tasks[problem]
 
     def contrasts(self, step: int, parent: str) -> list[Contrast]:
-        """Problems with right and wrong attempts, each once, newest first; `cases` × `critiques` of them at most."""
+        """Problems with right and wrong attempts, each once, newest first; `cases` × `critiques` of them at most.
+
+        A contrast is as old as the older side of it: what the weights could not do twenty iterations ago and can do now
+        says less about principles than what they did both ways just now.
+        """
         found = []
         for problem, traces in self._traces.items():
             if not self._config.evidence_window:
                 traces = [t for t in traces if t.prompt == parent and t.step == step]
             rewards = [t.reward for t in traces]
             if traces and min(rewards) < max(rewards):
-                found.append((traces[-1].step, problem))
+                middle = right_from(rewards)
+                sides = (max(t.step for t in traces if (t.reward >= middle) is good) for good in (True, False))
+                found.append((min(sides), problem))
         newest = sorted(found, key=lambda f: (-f[0], f[1]))[: self._config.cases * self._config.critiques]
         return [self._contrast(problem, step, parent) for _, problem in newest]
 
@@ -138,7 +151,7 @@ class Evidence:
         threshold = right_from([t.reward for t in traces])
         chosen = sorted(_chosen(traces, threshold, self._config.attempts), key=lambda t: t.reward < threshold)
         question, answer = self._tasks[problem]
-        return Contrast(problem, question, answer, tuple(chosen), tuple(t.reward >= threshold for t in chosen))
+        return Contrast(step, problem, question, answer, tuple(chosen), tuple(t.reward >= threshold for t in chosen))
 
     def _capped(self, traces: list[Trace], step: int) -> list[Trace]:
         """The traces that can still be shown: a bound on memory that never drops a contrast."""

@@ -58,7 +58,7 @@ async def mutate(
     """
     if not contrasts:
         return Rejection(Reason.NO_MIXED_PROBLEM, "no problem has right and wrong attempts")
-    cases = [contrast.shown(config.answer_visibility) for contrast in contrasts]
+    cases = [contrast.shown(config.answer_visibility, parent.id) for contrast in contrasts]
     plans = await _criticise(parent, cases, reflector, config, limits, first)
     suggestions = pooled([operation for plan in plans if not isinstance(plan, Rejection) for operation in plan])
     if all(isinstance(plan, Rejection) for plan in plans):
@@ -79,7 +79,7 @@ async def summarise(contrasts: Sequence[Contrast], reflector: Reflector, config:
     jobs = [
         (contrast.question, trace, attempt)
         for contrast in contrasts
-        for trace, attempt in zip(contrast.traces, contrast.attempts(config.answer_visibility), strict=True)
+        for trace, attempt in zip(contrast.traces, contrast.attempts(config.answer_visibility, ""), strict=True)
         if trace.summary is None
     ]
     asked = (
