@@ -18,7 +18,7 @@ from espl_train.engines.base import Engine
 from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import SystemPrompt
-from espl_train.evolution.reflection import Completer
+from espl_train.evolution.reflection import purpose
 from espl_train.evolution.templates import TemplateSet
 from espl_train.learner.advantages import assign
 from espl_train.learner.shaping import Shaping
@@ -26,6 +26,7 @@ from espl_train.lengths import Lengths
 from espl_train.overlap import together
 from espl_train.problems import Deck, Part, Problems, ProblemSets
 from espl_train.records import Group, Rollout, RolloutKey, grouped
+from espl_train.reflecting.client import Client
 from espl_train.rollout import Collector, Job, Progress
 from espl_train.sandboxes import Boxes
 
@@ -70,9 +71,13 @@ class Island:
         players = dict.fromkeys(prompts, self.config.evaluation.samples)
         return Round(self, self.sets[part], players, self.sets[part].sample(self.config.seed, most))
 
-    async def breed(self, step: int, groups: Sequence[Group], complete: Completer) -> BreedingReport:
+    async def breed(self, step: int, groups: Sequence[Group], client: Client) -> BreedingReport:
         """Children of those that played `groups`; the population is only read."""
-        return await self.breeder.breed(step, self.population, groups, self.sets.train.tasks, complete)
+        tasks = self.sets.train.tasks
+        with purpose(island=self.name):
+            return await self.breeder.breed(
+                step, self.population, groups, tasks, client.complete, closed=client.closed()
+            )
 
     def settle(
         self, step: int, groups: Sequence[Group], bred: BreedingReport | None

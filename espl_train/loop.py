@@ -16,7 +16,6 @@ from espl_envs.core import background
 from espl_envs.core.errors import EsplError
 from espl_train import report, schedule
 from espl_train.chat import Chat
-from espl_train.completion import EngineCompleter
 from espl_train.config import Config
 from espl_train.engines.choice import engine_for
 from espl_train.evaluation import Evaluation, metrics
@@ -30,6 +29,7 @@ from espl_train.overlap import beside, overlaps, together
 from espl_train.problems import Part, ProblemSets
 from espl_train.profiling import Phases, Profile, Spent
 from espl_train.records import Rollout
+from espl_train.reflecting.choice import client_for
 from espl_train.report import IslandReport, IterationReport, Totals
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
@@ -59,6 +59,7 @@ class Trainer:
         self.chat = Chat(self.policy.tokenizer)
         templates = TemplateSet.load(config.model.templates or self.policy.templates)
         self.islands = [Island(config, sets, self.boxes, self.chat, self.engine, templates)]
+        self.client = client_for(config, run.path, self.engine, self.chat, self.policy)
         self.totals = Totals()
         self.profile = profile
         self.phases = profile.phases if profile else Phases()
@@ -75,14 +76,18 @@ class Trainer:
         for warning in self.boxes.notes():
             self.console.warn(warning)
         try:
+            if self.config.mode != "rl":
+                self.client.open()
             if not self.begun:
                 self._begin()
             while self.step < self.config.steps:
                 self._persist(self.iterate())
+                self._stop_where_nobody_answers()
             return self._finish()
         finally:
             for island in self.islands:
                 island.close()
+            self.client.close()
             self.engine.close()
             self.boxes.close()
 
@@ -96,16 +101,15 @@ class Trainer:
         with self.phases("select"):
             batches = [Batch.of(island, self.step, config.rollout.problems) for island in self.islands]
         counts = self._play_out(batches)
-        completers = [EngineCompleter(self.engine, self.chat, config.evolution, self.policy.version) for _ in batches]
-        bred, update = self._reflect_and_learn(batches, completers)
+        bred, update = self._reflect_and_learn(batches)
         with self.phases("rating"):
             settled = [b.island.settle(self.step, b.groups, brood) for b, brood in zip(batches, bred, strict=True)]
         validation = self._validate(final=self.step == config.steps) if self._validates() else {}
         parts = {}
-        for batch, completer, brood, (match, born) in zip(batches, completers, bred, settled, strict=True):
+        for batch, brood, (match, born) in zip(batches, bred, settled, strict=True):
             island, found = batch.island, validation.get(batch.island.name, {})
             parts[island.name] = IslandReport(
-                tuple(batch.groups), match, brood, born, completer.tokens, found,
+                tuple(batch.groups), match, brood, born, self.client.ledger.sampled(island.name), found,
                 island.best(found, self.step == config.steps), batch.metrics(),
             )
         seconds = time.perf_counter() - started
@@ -165,30 +169,33 @@ class Trainer:
         return played
 
     def _reflect_and_learn(
-        self, batches: Sequence[Batch], completers: Sequence[EngineCompleter]
+        self, batches: Sequence[Batch]
     ) -> tuple[Sequence[BreedingReport | None], report.UpdateReport | None]:
         """Both need the groups and nothing of each other: at once where that is faster, with the same results."""
+        self.client.begin(self.step)
         now = schedule.phase(self.config, self.step)
         if now == schedule.BOTH and self.overlaps:
-            with beside(self._breed(batches, completers)) as breeding:
+            with beside(self._breed(batches)) as breeding:
                 update = self._update(batches, "update and reflection")
             return breeding.result(), update
         bred: Sequence[BreedingReport | None] = [None] * len(batches)
         if now.breeds:
             self.console.phase("reflection")
-            bred = background.run_through(self._breed(batches, completers))
+            bred = background.run_through(self._breed(batches))
         return bred, self._update(batches) if now.learns else None
 
-    async def _breed(
-        self, batches: Sequence[Batch], completers: Sequence[EngineCompleter]
-    ) -> Sequence[BreedingReport]:
+    async def _breed(self, batches: Sequence[Batch]) -> Sequence[BreedingReport]:
         with self.phases("reflection") as spent:
-            bred = await together(
-                batch.island.breed(self.step, batch.groups, completer.complete)
-                for batch, completer in zip(batches, completers, strict=True)
-            )
-            spent.tokens += sum(completer.tokens for completer in completers)
+            bred = await together(batch.island.breed(self.step, batch.groups, self.client) for batch in batches)
+            self.client.end()
+            spent.tokens += self.client.spent.completion_tokens
             return bred
+
+    def _stop_where_nobody_answers(self) -> None:
+        """Raises EsplError, with everything saved, when reflection has been failing for too long."""
+        if failing := self.client.failing():
+            self._checkpoint()
+            raise EsplError(failing)
 
     def _update(self, batches: Sequence[Batch], shown: str = "") -> report.UpdateReport:
         """One step of the optimiser, over the groups of all islands."""
@@ -229,17 +236,19 @@ class Trainer:
 
     def _persist(self, done: IterationReport) -> None:
         populations = self._populations()
-        record = {**done.metrics(populations), **self.boxes.metrics()}
+        record = {**done.metrics(populations), **self.boxes.metrics(), **self.client.ledger.metrics()}
         self.run.write_rollouts(done.step, done.rollouts)
         for kind, details in done.events(populations):
             self.run.log.event(done.step, kind, **details)
+        for row in self.client.ledger.events():
+            self.run.log.event(done.step, "reflection", by=self.client.source.name, **row)
         self.run.log.metrics(record)
         if done.step % self.config.checkpoint_every == 0 or done.step == self.config.steps:
             self._checkpoint()
         if self.profile:
             self.profile.write()
         self.console.step(record)
-        for note in done.notes(populations):
+        for note in (*done.notes(populations), *self.client.notes()):
             self.console.note(note)
 
     def _populations(self) -> dict[str, Population]:
@@ -251,7 +260,7 @@ class Trainer:
             islands = {island.name: island.state() for island in self.islands}
             (state,) = islands.values()
             self.run.write_population(state["population"])
-            state = {"islands": islands, "totals": self.totals.to_json()}
+            state = {"islands": islands, "client": self.client.state(), "totals": self.totals.to_json()}
             self.run.save(self.step, {"state": state, "learner": self.learner.state_dict()})
 
     def _restore(self) -> bool:
@@ -263,6 +272,7 @@ class Trainer:
         self.learner.load_state_dict(payloads["learner"])
         for island in self.islands:
             island.restore(payloads["state"]["islands"][island.name])
+        self.client.restore(payloads["state"]["client"])
         self.totals = Totals(**payloads["state"]["totals"])
         return True
 
@@ -279,7 +289,7 @@ class Trainer:
         opened = report.opened(self.run.path, self.step)
         self.policy.save_adapter(self.run.path / "policy")
         scores = (*report.validation_table(history, root, best), *table)
-        notes = report.notes(self.config.evaluation, self.totals, chosen=best != root)
+        notes = report.notes(self.config.evaluation, chosen=best != root)
         return Summary(
             run=self.run.path,
             steps=self.step,
@@ -291,5 +301,5 @@ class Trainer:
             prompt=island.text(best),
             scores=scores,
             history=tuple(history),
-            notes=(*self.boxes.notes(), *notes, *opened),
+            notes=(*self.boxes.notes(), *notes, *opened, *self.client.ledger.table()),
         )

@@ -22,15 +22,22 @@ def overlaps(config: Config, engine: Engine, device: str) -> bool:
     """Whether reflection runs while the learner works. Raises EsplError where it is asked for and cannot be.
 
     `auto` leaves it on GPUs: a step of decoding leaves most of a GPU idle, and an update waits for nothing. On a CPU
-    both are made of the same threads, and two teams of them on the same cores slow each other down.
+    both are made of the same threads, and two teams of them on the same cores slow each other down. Where a server
+    reflects, there is nothing to share.
     """
     check(config, engine.concurrent)
-    return config.overlap == "on" or (config.overlap == "auto" and engine.concurrent and not device.startswith("cpu"))
+    beneficial = elsewhere(config) or (engine.concurrent and not device.startswith("cpu"))
+    return config.overlap == "on" or (config.overlap == "auto" and beneficial)
+
+
+def elsewhere(config: Config) -> bool:
+    """Whether breeding leaves the engine alone: a server reflects, and no operator plays trials."""
+    return config.evolution.reflector == "endpoint" and not config.evolution.prune_probability
 
 
 def check(config: Config, concurrent: bool) -> None:
     """Raises EsplError where overlap is asked for and the engine is not `concurrent`."""
-    if config.overlap == "on" and not concurrent:
+    if config.overlap == "on" and not concurrent and not elsewhere(config):
         raise EsplError(
             f"overlap is 'on', but the engine '{config.engine.kind}' cannot sample while the learner works under these "
             "settings (learner.mode full shares its weights, engine.pause puts vLLM to sleep): use --overlap auto"

@@ -17,6 +17,7 @@ from espl_envs.core.errors import EsplError
 from espl_train import schedule
 from espl_train.config import Config
 from espl_train.problems import ProblemSets
+from espl_train.reflecting.choice import inspect as reflection
 from espl_train.sandboxes import check, equipped, parameters, wanted
 from espl_train.settings.options import hint, nearest
 
@@ -45,7 +46,8 @@ def inspect(config: Config, run: Path | None = None, dry: bool = False) -> Plan:
     _all_arguments(config)
     sets = ProblemSets.of(equipped(config))
     cheap = (*_environment(config, sets), *_model(config))
-    return Plan((*cheap, *_boxes(config, sets, dry), *_work(config), *_directory(config, run)))
+    asked = reflection(config) if config.mode != "rl" else ()
+    return Plan((*cheap, *_boxes(config, sets, dry), *asked, *_work(config), *_directory(config, run)))
 
 
 def _all_arguments(config: Config) -> None:

@@ -204,13 +204,12 @@ def table(
     return [Score(name, e.mean, e.problems, e.low, e.high) for name, e in cells if e is not None and e.problems]
 
 
-def notes(config: EvaluationConfig, totals: Totals, chosen: bool) -> tuple[str, ...]:
-    """What belongs under the scores: how they were taken, how the prompt was chosen, what reflection cost."""
+def notes(config: EvaluationConfig, chosen: bool) -> tuple[str, ...]:
+    """What belongs under the scores: how they were taken, and how the prompt was chosen."""
     how = f"sampled at temperature {config.temperature:g}" if config.temperature else "greedy decoding"
     samples = f"{config.samples} sample{'s' * (config.samples > 1)} per problem"
     star = ("* chosen among the best rated on these very problems",) if chosen else ()
-    cost = (f"reflection took {totals.reflection_tokens:,} sampled tokens",) if totals.reflection_tokens else ()
-    return (*star, f"scores: {how}, {samples}, 95 % intervals", *cost)
+    return (*star, f"scores: {how}, {samples}, 95 % intervals")
 
 
 def opened(run: Path, step: int) -> tuple[str, ...]:

@@ -207,11 +207,11 @@ def test_a_second_look_at_the_test_split_is_said(tmp_path: Path) -> None:
     assert "at step 20, 40:" in said
 
 
-def test_the_notes_say_how_scores_were_taken_how_the_prompt_was_chosen_and_what_reflection_cost() -> None:
-    assert report.notes(EvaluationConfig(), Totals(), chosen=False) == (
+def test_the_notes_say_how_scores_were_taken_and_how_the_prompt_was_chosen() -> None:
+    assert report.notes(EvaluationConfig(), chosen=False) == (
         "scores: greedy decoding, 1 sample per problem, 95 % intervals",
     )
     sampled = EvaluationConfig(temperature=0.7, samples=4)
-    star, how, cost = report.notes(sampled, Totals(reflection_tokens=1234), chosen=True)
-    assert star.startswith("* chosen") and "1,234" in cost
+    star, how = report.notes(sampled, chosen=True)
+    assert star.startswith("* chosen")
     assert how == "scores: sampled at temperature 0.7, 4 samples per problem, 95 % intervals"

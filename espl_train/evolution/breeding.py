@@ -141,11 +141,13 @@ class Breeder:
         tasks: Mapping[int, Task],
         complete: Completer,
         trial: Trial | None = None,
+        closed: Rejection | None = None,
     ) -> BreedingReport:
         """Children of the prompts that played `groups`, before the population has counted that batch.
 
         `tasks` holds at least the problems of the batch, by their index in the split; whatever else it holds is
-        guarded too, so the whole training split is best. `trial` plays prompts that are in no population yet.
+        guarded too, so the whole training split is best. `trial` plays prompts that are in no population yet. `closed`:
+        why nobody may be asked, where that is known; then the batch is remembered, and nothing is bred.
         """
         self._guard.learn(tasks)
         shown = shuffled(groups, self._seed, step) if self._config.evidence == "shuffled" else groups
@@ -160,6 +162,9 @@ class Breeder:
         if population.crowded(match):
             refused = Rejection(Reason.CROWDED, "children wait for their first games (evolution.nursery)")
             return self._report(step, best, dict.fromkeys(OPERATORS, refused), {}, reflector, [])
+        if closed is not None:
+            reflector.rejections[closed.reason] += 1
+            return self._report(step, best, dict.fromkeys(OPERATORS, closed), {}, reflector, [])
         others = tuple(m.prompt for m in population.members if m.prompt.id != best.id)
         taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
         scene = Scene(

@@ -126,6 +126,10 @@ class Ledger:
         """Of this step."""
         return self._page
 
+    def sampled(self, island: str) -> int:
+        """Tokens that were written in this step for one environment."""
+        return sum(spent.completion_tokens for account, spent in self._page.items() if account.island == island)
+
     def metrics(self) -> dict[str, float]:
         """Of this step: all, by stage, and by prompt; nothing where nothing was called."""
         if not self._page:

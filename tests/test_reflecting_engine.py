@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from espl_envs.core.messages import Message
-from espl_train.completion import EngineCompleter
-from espl_train.config import EvolutionConfig
 from espl_train.engines.base import EngineError, Request, Sample
+from espl_train.reflecting.engine import EngineSource
+from espl_train.reflecting.source import Said
+from espl_train.settings import load
 
 ASK = (Message("user", "What do the attempts have in common?"),)
 
@@ -51,12 +52,15 @@ class FakeEngine:
         return Sample((4, 5, 7), (-1.0, -1.0, -1.0), "stop", request.policy)
 
 
-def completer(engine: FakeEngine, version: int = 3, **settings: Any) -> EngineCompleter:
-    return EngineCompleter(engine, FakeChat(), EvolutionConfig(**settings), version)  # type: ignore[arg-type]
+def source(engine: FakeEngine, version: int = 3, **settings: Any) -> EngineSource:
+    config = load(overrides={f"evolution.{name}": value for name, value in settings.items()})
+    made = EngineSource(engine, FakeChat(), config, lambda: version, lambda learnt: {"learnt": learnt})  # type: ignore[arg-type]
+    made.begin()
+    return made
 
 
-def ask(asked: EngineCompleter, messages: Sequence[Message] = ASK, seed: int = 11) -> str:
-    return asyncio.run(asked.complete(messages, seed))
+def ask(asked: EngineSource, messages: Sequence[Message] = ASK, seed: int = 11) -> Said:
+    return asyncio.run(asked.answer(messages, seed))
 
 
 @pytest.mark.parametrize(("reflector", "policy"), [("reference", None), ("current", 3), (None, None)])
@@ -65,19 +69,20 @@ def test_the_reference_reflects_with_the_base_weights_and_current_with_its_versi
 ) -> None:
     engine = FakeEngine()
     settings: dict[str, Any] = {"reflector": reflector} if reflector else {}
-    ask(completer(engine, **settings))
+    ask(source(engine, **settings))
     assert [request.policy for request in engine.requests] == [policy]
 
 
 def test_version_0_is_a_version() -> None:
     engine = FakeEngine()
-    ask(completer(engine, version=0, reflector="current"))
+    ask(source(engine, version=0, reflector="current"))
     assert engine.requests[0].policy == 0
 
 
 def test_the_request_carries_tokens_seed_stop_ids_and_temperature() -> None:
     engine = FakeEngine()
-    assert ask(completer(engine, reflection_temperature=0.3, reflection_max_new_tokens=20), seed=42) == "text of 4,5,7"
+    said = ask(source(engine, reflection_temperature=0.3, reflection_max_new_tokens=20), seed=42)
+    assert (said.text, said.prompt_tokens, said.completion_tokens) == ("text of 4,5,7", len(ASK[0].content), 3)
     (request,) = engine.requests
     assert request.tokens == tuple(ord(c) for c in ASK[0].content)
     assert (request.seed, request.stop_ids, request.temperature, request.top_p) == (42, (7, 9), 0.3, 1.0)
@@ -88,7 +93,7 @@ def test_room_is_what_the_context_leaves() -> None:
     length = len(ASK[0].content)
     for context, most, expected in ((length + 5, 20, 5), (length + 50, 20, 20), (length + 1, 20, 1)):
         engine = FakeEngine(context)
-        ask(completer(engine, reflection_max_new_tokens=most))
+        ask(source(engine, reflection_max_new_tokens=most))
         assert engine.requests[0].max_new == expected
 
 
@@ -97,16 +102,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_engine_is_asked(miss
     length = len(ASK[0].content)
     engine = FakeEngine(length - missing)
     with pytest.raises(ValueError, match=f"{length} tokens does not fit into {length - missing}"):
-        ask(completer(engine))
+        ask(source(engine))
     assert engine.requests == [] and engine.table == [0]
 
 
 def test_callers_join_while_they_ask_and_leave_afterwards() -> None:
     engine = FakeEngine()
-    asked = completer(engine)
+    asked = source(engine)
 
     async def together() -> None:
-        await asyncio.gather(*(asked.complete(ASK, seed) for seed in range(5)))
+        await asyncio.gather(*(asked.answer(ASK, seed) for seed in range(5)))
 
     asyncio.run(together())
     assert max(engine.table) == 5 and engine.table[-1] == 0 and len(engine.table) == 11
@@ -116,15 +121,25 @@ def test_callers_join_while_they_ask_and_leave_afterwards() -> None:
 @pytest.mark.parametrize("error", [EngineError("gone"), RuntimeError("odd"), asyncio.CancelledError()])
 def test_a_caller_leaves_even_where_sampling_fails(error: BaseException) -> None:
     engine = FakeEngine(error=error)
-    asked = completer(engine)
+    asked = source(engine)
     with pytest.raises(type(error)):
         ask(asked)
-    assert engine.table == [0, 1, 0] and asked.tokens == 0
+    assert engine.table == [0, 1, 0]
 
 
-def test_sampled_tokens_are_counted_over_all_calls() -> None:
-    asked = completer(FakeEngine())
-    assert asked.tokens == 0
+def test_a_step_keeps_the_version_that_it_began_with() -> None:
+    """Beside an update the policy moves on; who reflects does not."""
+    engine, versions = FakeEngine(), iter((3, 4))
+    config = load(overrides={"evolution.reflector": "current"})
+    asked = EngineSource(engine, FakeChat(), config, lambda: next(versions), lambda _: {})  # type: ignore[arg-type]
+    asked.begin()
     ask(asked)
     ask(asked)
-    assert asked.tokens == 6
+    asked.begin()
+    ask(asked)
+    assert [request.policy for request in engine.requests] == [3, 3, 4]
+
+
+def test_what_was_learnt_belongs_to_the_identity_of_current_alone() -> None:
+    assert source(FakeEngine()).identity()["learnt"] is False
+    assert source(FakeEngine(), reflector="current").identity()["learnt"] is True
