@@ -223,6 +223,9 @@ class EvolutionConfig(Section):
         0, ge=0, description="nobody is bred while so many children still wait for their first games; 0 = no limit"
     )
     pareto_window: Positive = Field(10, description="iterations that selection = 'pareto' looks back on")
+    pareto_scores: Literal["batch", "validation"] = Field(
+        "batch", description="pareto: scores of the last batches, or of the validation problems, which all newborn play"
+    )
     root: tuple[str, ...] = Field((), description="principles of the root prompt")
     mutate: bool = Field(True, description="breed a mutation child in every iteration")
     parent: Literal["posterior", "batch"] = Field(
@@ -234,6 +237,17 @@ class EvolutionConfig(Section):
     )
     immigrant_probability: Fraction = Field(
         0.0, description="per iteration: of a prompt written from the evidence alone, without the principles of others"
+    )
+    mutations: Positive = Field(1, description="mutation children per iteration, of one parent by different seeds")
+    acceptance: Literal["none", "minibatch", "best"] = Field(
+        "none", description="who of the written is born: all; who beats its parent in a trial on the batch; the best one"
+    )
+    acceptance_problems: int = Field(0, ge=0, description="of the batch, that a child is tried on; 0 = all of them")
+    acceptance_samples: Positive | None = Field(
+        None, description="attempts of a child per problem; default: as many as its parent had"
+    )
+    acceptance_margin: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="`minibatch`: standard errors of the paired difference that the lead must exceed"
     )
     writer: Literal["reflection", "placebo"] = Field(
         "reflection", description="placebo: the words that reflection wrote are replaced by random ones (a control)"
@@ -327,13 +341,9 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0, description="of everything that is random")
     steps: Positive = Field(30, description="iterations")
-    schedule: Literal["joint", "sequential", "weights_then_prompts", "alternating"] = Field(
-        "joint", description="both in every step; prompts, then weights with the best of them; the reverse; by turns"
+    budget_rollouts: Positive | None = Field(
+        None, description="stop after the step that brings training and trials to so many rollouts; steps: at most"
     )
-    schedule_share: Fraction = Field(
-        0.5, description="sequential, weights_then_prompts: share of the steps before the turn"
-    )
-    schedule_period: Positive = Field(5, description="alternating: so many steps for prompts, then as many for weights")
     schedule: Literal["joint", "sequential", "weights_then_prompts", "alternating"] = Field(
         "joint", description="both in every step; prompts, then weights with the best of them; the reverse; by turns"
     )
