@@ -43,6 +43,13 @@ def reason(value: object) -> Reason:
         f'[{{"op": "remove", "id": "G1"}}] no, rather: {ADD}',
         f"the set [1, 2] and \\frac{{1}}{{2}} say \"[{{broken\" … {ADD}",
         '[{"op": "add", "id": "G9", "text": " Test\\n small   cases. "}]',
+        '[{"op": "Add", "id": 9, "text": "Test small cases."}]',
+        '[{"operation": "add", "text": "Test small cases."}]',
+        '{"operation": "add", "text": "Test small cases."}',
+        '[{"op": "add", "text": "Test small cases."}, {"op": "add", "text": "Test small  cases."}]',
+        '<think>[{"op": "remove", "id": "G1"}]? No.</think>{"result": {"operations": ' + ADD + "}}",
+        f"\ufeff{ADD}\x00",
+        '[{"op": "add", "text": "Test small cases.", "confidence": 1e400, "ids": [null]}]',
     ],
 )
 def test_an_addition_is_read_from_any_reasonable_reply(reply: str) -> None:
@@ -94,6 +101,17 @@ def test_objects_one_per_line_are_one_plan() -> None:
         ('[{"op": "add", "text": "  "}]', Reason.BAD_OPERATION),
         ('[{"op": "modify", "text": "x"}]', Reason.BAD_OPERATION),
         ('[{"op": "modify", "id": 3, "text": "x"}]', Reason.BAD_OPERATION),
+        ('[{"op": "modify", "id": "[ ]", "text": "x"}]', Reason.BAD_OPERATION),
+        ('[{"op": "remove", "id": "G1", "id": "G2"}]', Reason.INVALID_JSON),
+        ('[{"op": "add", "op": "remove", "id": "G2", "text": "x"}]', Reason.INVALID_JSON),
+        ('[{"operation": ["add"], "text": "x"}]', Reason.UNKNOWN_OPERATION),
+        ('[{"op": "add", "text": "x", "size": ' + "9" * 5000 + "}]", Reason.INVALID_JSON),
+        ('[{"op": "add", "text": "x", "evidence": ' + "[" * 9000 + "]" * 9000 + "}]", Reason.INVALID_JSON),
+        ('[{"name": "calculator", "arguments": {"op": "add", "a": 1}}]', Reason.UNKNOWN_OPERATION),
+        ('{"choices": [{"message": {"role": "assistant", "content": "hello"}}]}', Reason.UNKNOWN_OPERATION),
+        ('{"jsonrpc": "2.0", "method": "add", "params": [1, 2]}', Reason.NO_JSON),
+        ('{"type": "add", "text": "x"}', Reason.NO_JSON),
+        ("[{\u201cop\u201d: \u201cadd\u201d, \u201ctext\u201d: \u201cx\u201d}]", Reason.NO_JSON),
         ('[{"op": "remove", "ids": ["G1", "G2"]}]', Reason.BAD_OPERATION),
         ('[{"op": "merge", "ids": ["G1", "G1"], "text": "x"}]', Reason.BAD_OPERATION),
         ("[" + ",".join(['{"op":"add","text":"x"}'] * 3) + "]", Reason.TOO_MANY_OPERATIONS),
@@ -111,6 +129,25 @@ HOSTILE = ['[{"op', '{"a":', '[{"a":[{"', '[{"op":"add","text":"x"},', "[", "[{"
 def test_no_reply_takes_long_to_read(piece: str, start: str) -> None:
     """Patterns that backtracking or nesting would make quadratic: minutes without the bounds, moments with them."""
     assert isinstance(read_operations(start + piece * (60_000 // len(piece))), Rejection)
+
+
+def test_ten_megabytes_are_read_from_their_end() -> None:
+    """Linear in the length, and never more than the end of it; a plan at the beginning is not found by accident."""
+    assert read_operations(10_000_000 * "x" + ADD) == (Operation("add", "Test small cases."),)
+    assert reason(read_operations(ADD + '[{"op":' * 1_500_000)) is Reason.INVALID_JSON
+
+
+def test_ids_may_wear_the_brackets_of_the_prompt() -> None:
+    reply = '[{"op": "remove", "id": "[G1]"}, {"op": "merge", "ids": ["A.G2:", " G3"], "text": "x"}]'
+    assert read_operations(reply) == (Operation("remove", "", ("G1",)), Operation("merge", "x", ("A.G2", "G3")))
+
+
+def test_a_lone_surrogate_can_be_read_refused_and_logged() -> None:
+    read = read_operations('[{"op": "modify", "id": "\\ud83d", "text": "half \\ud83d", "evidence": "\\udc00"}]')
+    assert isinstance(read, tuple)
+    refused = apply(BASE, read, Limits())
+    assert reason(refused) is Reason.UNKNOWN_ID and str(refused).encode()
+    json.dumps([excerpt(read[0].text), read[0].evidence]).encode()
 
 
 def test_the_rest_of_a_list_whose_beginning_was_not_read_is_no_plan() -> None:

@@ -107,7 +107,8 @@ def test_a_critique_prefers_summaries_and_hides_what_it_must_not_see() -> None:
     text = render("critique")
     assert "It multiplied." in text and "I multiply. 4" not in text and "nine" in text
     assert text.count("reference answer") == 1
-    assert "Attempt 1, judged RIGHT" in text and "Attempt 2, with other principles, 2 iterations ago, judged WRONG" in text
+    assert "Attempt 1, judged RIGHT" in text
+    assert "Attempt 2, with other principles, 2 iterations ago, judged WRONG" in text
     hidden = render("critique", cases=[Case("q", None, UNKNOWN)])
     assert "RIGHT" not in hidden and "WRONG" not in hidden and "reward" not in hidden and "UNKNOWN" not in hidden
 

@@ -1,7 +1,9 @@
 """Reading a model's reply as operations: the last JSON list in it, and never anything else.
 
-Tolerant about form (prose before the list, code fences, trailing commas, one object instead of a list), strict about
-content. Nothing is evaluated; a reply that cannot be read is a named rejection, and never "no operations".
+Tolerant about form (prose before the list, code fences, trailing commas, one object instead of a list, "operation" for
+"op", an id in the brackets that prompts have around it, the same operation twice), strict about content: an id that is
+a number may be a place in the list or part of a name, and of two values under one key nobody knows which is meant.
+Nothing is evaluated; a reply that cannot be read is a named rejection, and never "no operations".
 """
 
 from __future__ import annotations
@@ -15,12 +17,25 @@ from espl_train.evolution.edits import KINDS, Kind, Operation, tidy
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 
 MAX_REPLY = 20_000          # characters read, from the end
+AROUND = " \t\r\n[]:"      # an id, where it was copied from a prompt
 MAX_BROKEN = 50             # places that look like JSON and are not, before the reply is given up
 TARGETS: dict[Kind, tuple[int, int]] = {"add": (0, 0), "modify": (1, 1), "remove": (1, 1), "merge": (2, 64)}
 OPENING = re.compile(r'\[(?=\s*[{\]])|\{(?=\s*")')                    # where a list of objects or an object may begin
-PLAN = re.compile(r"\[?\s*\{\s*[\"']?op\b")                           # what was surely meant as operations
+PLAN = re.compile(r"\[?\s*\{\s*[\"']?op(?:eration)?\b")                # what was surely meant as operations
 TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|,(?=\s*[\]}])', re.DOTALL)
-DECODER = json.JSONDecoder()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none with a key twice; its "operation" as "op"."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")
+    if "op" not in found and isinstance(found.get("operation"), str):
+        found["op"] = found.pop("operation")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_operations(
@@ -42,7 +57,7 @@ def read_operations(
         if isinstance(operation, Rejection):
             return operation
         operations.append(operation)
-    return tuple(operations)
+    return tuple(dict.fromkeys(operations))
 
 
 def _last_list(text: str, whole: bool) -> list[dict[str, Any]] | Rejection:
@@ -88,13 +103,14 @@ def _parse(text: str, start: int) -> tuple[Any, int] | None:
 
 def _operation(item: dict[str, Any], allowed: Collection[Kind]) -> Operation | Rejection:
     kind = item.get("op")
+    kind = kind.strip().lower() if isinstance(kind, str) else kind
     if kind not in KINDS:
         return Rejection(Reason.UNKNOWN_OPERATION, f"\"op\" is {excerpt(repr(kind), 40)}, expected {_or(KINDS)}")
     if kind not in allowed:
         return Rejection(Reason.UNKNOWN_OPERATION, f"{kind} is not possible here, only {_or(allowed)}")
-    ids = _ids(item)
+    ids = _ids(item) if kind != "add" else ()       # models like to propose an id for a new principle: it is ours
     if ids is None:
-        return Rejection(Reason.BAD_OPERATION, f"the ids of {kind} are not texts")
+        return Rejection(Reason.BAD_OPERATION, f"the ids of {kind} are not texts such as \"G3\"")
     low, high = TARGETS[kind]
     if not low <= len(ids) <= high:
         wanted = {"add": "no id", "merge": "at least two different ids"}.get(kind, "exactly one id")
@@ -108,13 +124,11 @@ def _operation(item: dict[str, Any], allowed: Collection[Kind]) -> Operation | R
 
 def _ids(item: dict[str, Any]) -> tuple[str, ...] | None:
     """The targets, from "id" or "ids", each once; None where they are of the wrong type."""
-    if item["op"] == "add":
-        return ()       # models like to propose an id for a new principle: it is ours to give
     raw = item.get("ids", item.get("id", []))
     ids = raw if isinstance(raw, list) else [raw]
-    if not all(isinstance(i, str) and i.strip() for i in ids):
+    if not all(isinstance(i, str) and i.strip(AROUND) for i in ids):
         return None
-    return tuple(dict.fromkeys(i.strip() for i in ids))
+    return tuple(dict.fromkeys(i.strip(AROUND) for i in ids))
 
 
 def _or(names: Collection[str]) -> str:
