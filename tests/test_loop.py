@@ -14,13 +14,13 @@ from loop_kit import Theatre, breed_simply, by_turns, config, deal, keys, resume
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
-from espl_train import loop
 from espl_train.engines.base import Request, Sample
 from espl_train.engines.local import LocalEngine
 from espl_train.learner.policy import Policy
 from espl_train.loop import Trainer
 from espl_train.problems import Deck
 from espl_train.records import RolloutKey
+from espl_train.reflecting.client import Client
 from espl_train.runs import seal
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
@@ -223,7 +223,7 @@ def test_the_crossover_child_is_inserted_before_the_mutation_child(
         del self
         return await script(messages, seed)
 
-    monkeypatch.setattr(loop.EngineCompleter, "complete", complete)
+    monkeypatch.setattr(Client, "complete", complete)
     changes = {"evolution.crossover_probability": 1.0, "rollout.samples": 16, "rollout.problems": 10}
     trainer, _ = run(config(model, out, mode="evolution", steps=2, **changes))
     operators = [member.prompt.operator for member in trainer.islands[0].population.members]

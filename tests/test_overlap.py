@@ -44,7 +44,7 @@ class Branches:
             ending(self)
             return original(learner, groups)
 
-        async def breed(*_: Any) -> BreedingReport:
+        async def breed(*_: Any, **__: Any) -> BreedingReport:
             try:
                 assert await asyncio.to_thread(self.updating.wait, 20), "the update did not begin meanwhile"
                 self.reflected.set()
@@ -122,3 +122,14 @@ def test_what_cannot_be_is_refused_with_a_way_out() -> None:
     settings: Config = load(overrides={"overlap": "on"})
     with pytest.raises(EsplError, match=r"engine 'local' cannot sample while the learner works.*--overlap auto"):
         overlaps(settings, engine(False), "cpu")
+
+
+REMOTE = {"evolution.reflector": "endpoint", "reflection.base_url": "http://localhost:1/v1", "reflection.model": "m"}
+
+
+@pytest.mark.parametrize(("overlap", "trials", "expected"), [("auto", 0, True), ("off", 0, False), ("auto", 0.5, False)])
+def test_where_a_server_reflects_there_is_nothing_to_share_unless_trials_are_played(
+    overlap: str, trials: float, expected: bool
+) -> None:
+    settings = load(overrides={"overlap": overlap, "evolution.prune_probability": trials, **REMOTE})
+    assert overlaps(settings, engine(False), "cpu") is expected
