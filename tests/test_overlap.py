@@ -127,9 +127,9 @@ def test_what_cannot_be_is_refused_with_a_way_out() -> None:
 REMOTE = {"evolution.reflector": "endpoint", "reflection.base_url": "http://localhost:1/v1", "reflection.model": "m"}
 
 
-@pytest.mark.parametrize(("overlap", "trials", "expected"), [("auto", 0, True), ("off", 0, False), ("auto", 0.5, False)])
+@pytest.mark.parametrize(("overlap", "trials", "runs"), [("auto", 0, True), ("off", 0, False), ("auto", 0.5, False)])
 def test_where_a_server_reflects_there_is_nothing_to_share_unless_trials_are_played(
-    overlap: str, trials: float, expected: bool
+    overlap: str, trials: float, runs: bool
 ) -> None:
     settings = load(overrides={"overlap": overlap, "evolution.prune_probability": trials, **REMOTE})
-    assert overlaps(settings, engine(False), "cpu") is expected
+    assert overlaps(settings, engine(False), "cpu") is runs
