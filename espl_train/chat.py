@@ -25,6 +25,11 @@ STANDIN = "espl-reply-0f9c"            # stands for a reply where the template's
 DATE = "26 Jul 2024"                   # Llama 3 templates print today's date unless given one
 
 
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """How many tokens a text is, taken alone."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 class Chat:
     """The chat template and tokenizer of one model. `stop_ids` are the tokens that end a reply."""
 

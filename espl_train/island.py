@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from espl_train.chat import Chat
+from espl_train.chat import Chat, count_tokens
 from espl_train.config import Config
 from espl_train.engines.base import Engine
 from espl_train.evolution.breeding import Breeder, BreedingReport
@@ -41,7 +42,10 @@ class Island:
         self.name, self.config, self.sets, self.templates = name, config, sets, templates
         self.deck = Deck(sets.train, config.seed)
         self.population = Population(config.evolution, config.rating, config.seed)
-        self.breeder = Breeder(config.evolution, templates, config.seed, chat.tokenizer.all_special_tokens)
+        self.breeder = Breeder(
+            config.evolution, templates, config.seed, chat.tokenizer.all_special_tokens,
+            tokens=partial(count_tokens, chat.tokenizer),
+        )  # fmt: skip
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
         self.lengths = Lengths()
         self.chosen: str | None = None      # who plays alone, while only weights learn

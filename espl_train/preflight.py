@@ -11,15 +11,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from espl_envs.core.errors import EsplError
 from espl_train import schedule
 from espl_train.config import Config
+from espl_train.evolution.prompts import Principle
 from espl_train.problems import ProblemSets
 from espl_train.reflecting.choice import inspect as reflection
 from espl_train.sandboxes import check, equipped, parameters, wanted
 from espl_train.settings.options import hint, nearest
+
+if TYPE_CHECKING:
+    from espl_train.evolution.templates import TemplateSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,25 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     if config.evolution.writer == "placebo":
         templates.placebo()
     yield "templates", f"{templates.folder.name}: {templates.description}".rstrip(": ")
+    yield from _root(config, templates, tokenizer)
     trained = {"lora": f"LoRA of rank {config.learner.rank}", "full": "all weights"}[config.learner.mode]
     yield "weights", f"{trained}, {config.learner.loss}" if config.mode != "evolution" else "frozen"
+
+
+def _root(config: Config, templates: TemplateSet, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """How long system prompts may become. Raises EsplError for a root prompt that is longer."""
+    from espl_train.chat import count_tokens
+
+    limit, root = config.evolution.max_prompt_tokens, config.evolution.root
+    if not limit or config.mode == "rl":
+        return
+    tokens = count_tokens(tokenizer, templates.system([Principle(f"G{i}", text) for i, text in enumerate(root, 1)]))
+    if tokens > limit:
+        raise EsplError(
+            f"evolution.root is {tokens} tokens long, but evolution.max_prompt_tokens is {limit}: shorten the one or "
+            "raise the other"
+        )
+    yield "prompts", f"at most {limit:,} tokens; the root prompt has {tokens:,}"
 
 
 def _work(config: Config) -> Iterator[tuple[str, str]]:

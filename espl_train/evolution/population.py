@@ -29,7 +29,7 @@ class Member:
 
 
 class Population:
-    """All living prompts, and the `lineage` of all that ever were. Grows by `add`, learns by `rate`, plays by `select`."""
+    """All living prompts, and the `lineage` of all there were. Grows by `add`, learns by `rate`, plays by `select`."""
 
     def __init__(self, evolution: EvolutionConfig, rating: RatingConfig, seed: int) -> None:
         self._evolution, self._rating, self._seed = evolution, rating, seed
