@@ -17,10 +17,10 @@ from urllib.parse import unquote
 from espl_train.evolution.guards.writing import plain
 
 BASE64 = re.compile(r"[A-Za-z0-9+/_-]{4,}={0,2}")
-BASE32 = re.compile(r"\b[A-Z2-7]{8,}={0,6}")
+BASE32 = re.compile(r"\b(?:[A-Z2-7]{8,}={0,6}|[A-Z2-7]{4,}={1,6})")
 HEXADECIMAL = re.compile(r"(?:(?:\\x|0x|%|\b)?[0-9a-fA-F]{2}[\s:,-]?){3,}")
 ESCAPES = re.compile(r"\\u\{?([0-9a-fA-F]{4,6})\}?|\\x([0-9a-fA-F]{2})|U\+([0-9a-fA-F]{4,6})")
-CODES = re.compile(r"\b\d{1,3}(?:[\s,.;:-]+\d{1,3}){3,}\b")
+CODES = re.compile(r"\b\d{1,3}(?:[\s,.;:-]+\d{1,3}){2,}\b")
 BITS = re.compile(r"\b[01]{7,8}(?:\s+[01]{7,8})+\b")
 CIPHER = re.compile(r"\brot|caesar|cipher|shift|decode|decrypt|encod", re.IGNORECASE)
 BACKWARDS = re.compile(r"revers|backward|mirror|right to left|flip", re.IGNORECASE)
@@ -60,6 +60,7 @@ def disguised(text: str) -> Iterator[str]:
         leet = LEET_TOKEN.sub(lambda m, one=one: m[0].replace("1", one).translate(LEET), bare)
         if leet != bare:
             yield leet
+            yield bare.replace("1", one).translate(LEET)
     joined = SPACED.sub(lambda m: re.sub(r"[\s.*_·•|/-]", "", m[0]), bare)
     if joined != bare:
         yield joined

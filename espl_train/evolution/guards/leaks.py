@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from espl_envs.core.tasks import Task
 from espl_train.evolution.guards import disguises
-from espl_train.evolution.guards.numerals import number, readings
+from espl_train.evolution.guards.numerals import Readings, number, readings
 from espl_train.evolution.guards.passages import WORDS, Passages
 from espl_train.evolution.guards.pointing import Pointing
 from espl_train.evolution.guards.spelled import digits_for_words
@@ -27,7 +27,8 @@ LEAST_DISGUISED = 5                       # letters of an answer that cannot com
 LEAST_PLACES, MOST_PLACES = 3, 15         # decimals of a rounded fraction
 COMMON_COUNT, COMMON_SHARE = 3, 0.05      # a text that so many problems, and that part of them, answer is a label
 LONGEST_ANSWER = 24                       # words; longer ones are passages
-ASSERTED, PLAIN, ACROSS = 8.0, 14.0, 12.0   # margins in bits: beside "the answer is", without it, over two texts
+GIVEN_AS, ASSERTED, PLAIN, ACROSS = 3.0, 8.0, 14.0, 12.0
+# margins in bits: "the answer is 7", 7 in a text that speaks of answers, in any text, in another text than the problem
 LAYERS = 2                                # codes within codes
 SEAM = 90                                 # characters on each side of the border of two texts
 EVERYDAY = frozenset(map(Fraction, (
@@ -38,11 +39,13 @@ EVERYDAY = frozenset(map(Fraction, (
 ASSERTION = re.compile(
     r"\b(?:answer|result|solution|reply|respond|output|print|say|guess|submit|boxed?|it is|its|equals)\b|→|=>|->|:|="
 )
-GIVEN = re.compile(
+_CUE = (
     r"(?:\b(?:answer|result|solution|output)\b\W*(?:(?:to|of|for|here|this|that|it|one|will|must|should|always)\W+){0,4}"
-    r"(?:is|are|be|equals?|=|:|→)|\b(?:answer|reply|respond|say|guess|submit|print|output|boxed?)\b(?:\s+with)?)"
-    r"\W*(?:(?:always|exactly|just|simply|usually|the number)\W+)*(\d[\d,.\s]*)"
+    r"(?:is|are|be|equals?|=|:|→)|\b(?:answer|reply|respond|say|guess|submit|print|output|result|boxed?)\b(?:\s+with)?)"
+    r"\W*(?:(?:always|exactly|just|simply|usually|the number)\W+)*"
 )
+GIVEN = re.compile(_CUE + r"(\S+(?:\s\S+){0,4})", re.IGNORECASE)
+SAID = re.compile(_CUE + r"(.{1,60})", re.IGNORECASE)
 BEGINS = re.compile(r"\b(?:start|begin|first|leading|prefix|front|initial|opening|left half|part (?:1|one|a))\w*\b")
 ENDS = re.compile(r"\b(?:end|last|final|trailing|suffix|rest|remaining|closing|right half|part (?:2|two|b))\w*\b")
 NEAR = 5                                  # words after "starts with"
@@ -54,6 +57,7 @@ class Hits:
 
     telling: bool = False
     vague: dict[Fraction | str, list[str]] = field(default_factory=dict)     # key → the words that it is written with
+    given: set[Fraction | str] = field(default_factory=set)                  # vague ones that are given as an answer
 
 
 class Leaks:
@@ -63,6 +67,7 @@ class Leaks:
         self._numbers: dict[Fraction, set[int]] = {}
         self._texts: dict[str, set[int]] = {}
         self._spellings: dict[str, list[str]] = {}      # key of a text → its words
+        self._telling: set[str] = set()
         self._inexact: list[Fraction] = []              # values that no short decimal writes
         self._pointing = Pointing()
         self._passages = Passages()
@@ -107,38 +112,57 @@ class Leaks:
             key = "".join(spoken)
             self._texts.setdefault(key, set()).add(problem)
             self._spellings.setdefault(key, spoken)
+            if telling_text(spoken, named=all(w[0].isupper() for w in answer.split())):
+                self._telling.add(key)
 
-    def _answer(self, text: str, layer: int = 0) -> Rejection | None:
-        hits = self._hits(text)
-        if hits.telling or self._hidden(text) or self._halves(text, text):
+    def _answer(self, text: str) -> Rejection | None:
+        hits = Hits()
+        self._read(text, hits)
+        if hits.telling or self._halves(text, text):
             return Rejection(Reason.LEAKED_ANSWER, "the text contains the answer of a training problem")
-        if hits.vague and self._points(text, hits, ASSERTED if ASSERTION.search(text.casefold()) else PLAIN):
+        if hits.vague and self._points(text, hits):
             return Rejection(Reason.LEAKED_ANSWER, "the text tells a training problem's answer beside its details")
-        if layer < LAYERS and any(self._answer(inner, layer + 1) for inner in disguises.decoded(text)):
-            return Rejection(Reason.LEAKED_ANSWER, "the text contains an encoded answer of a training problem")
         return None
 
     def _passage(self, text: str) -> Rejection | None:
         piece = self._passages.find(text)
         return piece and Rejection(Reason.LEAKED_PROBLEM, f"words of a training problem: {excerpt(piece)}") or None
 
-    def _hits(self, text: str) -> Hits:
-        found, hits = readings(text), Hits()
-        given = {v for m in GIVEN.finditer(digits_for_words(text.casefold())) for v in readings(m[1]).firm}
-        for value in found.firm | found.loose:
-            if value in self._numbers:
-                if telling_number(value) or (value in given and value >= 10 ** (LEAST_DIGITS - 1)):
-                    hits.telling = True
-                elif value in found.firm:
-                    hits.vague[value] = [str(value.numerator), str(value.denominator)]
-            elif self._rounded(value):
+    def _read(self, text: str, hits: Hits, layer: int = 0) -> None:
+        """Add the answers in a text, in what is encoded in it and in what it is disguised as."""
+        self._numbers_in(text, hits)
+        self._texts_in(text, hits, 1)
+        for reading in disguises.disguised(text):
+            self._texts_in(reading, hits, LEAST_DISGUISED)
+        for inner in disguises.decoded(text) if layer < LAYERS else ():
+            self._read(inner, hits, layer + 1)
+
+    def _numbers_in(self, text: str, hits: Hits) -> None:
+        found = readings(text)
+        for value in _all(found):
+            if value not in self._numbers:
+                hits.telling = hits.telling or self._rounded(value)
+            elif telling_number(value):
                 hits.telling = True
-        for key in self._found(words(text)):
-            if self._label(key) or not telling_text(self._spellings[key]):
-                hits.vague[key] = self._spellings[key]
             else:
-                hits.telling = True
-        return hits
+                hits.vague[value] = [str(value.numerator), str(value.denominator)]
+        if not hits.telling and hits.vague:
+            said = (m[1] for form in (text, digits_for_words(text.casefold())) for m in GIVEN.finditer(form))
+            for part in said:
+                values = {v for v in _all(readings(part)) if v in hits.vague}
+                hits.given |= values
+                if values and not common(words(part)[0]):      # "answer 360", not "answer within 360 words"
+                    hits.telling = hits.telling or max(values) >= 10 ** (LEAST_DIGITS - 1)
+
+    def _texts_in(self, text: str, hits: Hits, least: int) -> None:
+        """Answers in words of at least that length."""
+        for key in self._found(words(text)):
+            if len(key) >= least:
+                if self._tells(key):
+                    hits.telling = True
+                else:
+                    hits.vague[key] = self._spellings[key]
+                    hits.given |= {key} if any(key in "".join(words(m[1])) for m in SAID.finditer(text)) else set()
 
     def _found(self, spoken: Sequence[str]) -> Iterator[str]:
         """The keys of all answers in words, spelled as they are, run together or letter by letter."""
@@ -147,16 +171,8 @@ class Leaks:
             for end in range(start, min(start + LONGEST_ANSWER, len(spoken))):
                 key += spoken[end]
                 single = single and len(spoken[end]) <= 2
-                if key in self._texts and (single or end == start or end - start + 1 == len(self._spellings[key])):
+                if key in self._texts and (single or end - start < len(self._spellings[key])):
                     yield key
-
-    def _hidden(self, text: str) -> bool:
-        """Whether a telling answer in words, of some length, stands there in disguise."""
-        return any(
-            len(key) >= LEAST_DISGUISED and telling_text(self._spellings[key]) and not self._label(key)
-            for reading in disguises.disguised(text)
-            for key in self._found(words(reading))
-        )
 
     def _rounded(self, value: Fraction) -> bool:
         """Whether a decimal is an answer cut or rounded to its places."""
@@ -167,33 +183,38 @@ class Leaks:
         at = bisect_left(self._inexact, value - step)
         return at < len(self._inexact) and self._inexact[at] < value + step
 
-    def _label(self, key: str) -> bool:
-        return len(self._texts[key]) >= max(COMMON_COUNT, COMMON_SHARE * self._count)
+    def _tells(self, key: str) -> bool:
+        """Whether an answer in words is telling, and no label that many problems share."""
+        return key in self._telling and len(self._texts[key]) < max(COMMON_COUNT, COMMON_SHARE * self._count)
 
-    def _holders(self, key: Fraction | str) -> set[int]:
-        return self._texts[key] if isinstance(key, str) else self._numbers[key]
-
-    def _points(self, text: str, hits: Hits, margin: float) -> bool:
+    def _points(self, text: str, hits: Hits, margin: float | None = None) -> bool:
         """Whether the text points at a problem that has one of the vague answers."""
-        spoken = words(digits_for_words(text.casefold()))
+        lower = text.casefold()
+        spoken = words(digits_for_words(lower))
+        usual = ASSERTED if ASSERTION.search(lower) else PLAIN
         for key, written in hits.vague.items():
-            holders = self._holders(key)
+            holders = self._texts[key] if isinstance(key, str) else self._numbers[key]
+            needed = self._pointing.required(margin or (GIVEN_AS if key in hits.given else usual))
             known = self._pointing.bits(len(holders))
-            if any(b + known >= self._pointing.required(margin) for b in self._pointing.at(spoken, holders, written).values()):
+            if any(b + known >= needed for b in self._pointing.at(spoken, holders, written).values()):
                 return True
         return False
 
     def _points_across(self, one: str, other: str) -> bool:
         """Whether one text names the problem and the other one its short answer."""
-        both = f"{one} {other}"
-        hits = Hits(vague={**self._hits(one).vague, **self._hits(other).vague})
-        return bool(hits.vague) and bool(ASSERTION.search(both.casefold())) and self._points(both, hits, ACROSS)
+        both, hits = f"{one} {other}", Hits()
+        if not ASSERTION.search(both.casefold()):
+            return False
+        for text in (one, other):
+            self._numbers_in(text, hits)
+            self._texts_in(text, hits, 1)
+        return bool(hits.vague) and self._points(both, hits, ACROSS)
 
     def _seam(self, one: str, other: str) -> bool:
         """Whether an answer lies across the border of two texts."""
         before, after = words(_tail(one)), words(_head(other))
         inside = {*self._found(before), *self._found(after)}
-        if any(telling_text(self._spellings[k]) and not self._label(k) for k in {*self._found(before + after)} - inside):
+        if any(map(self._tells, {*self._found(before + after)} - inside)):
             return True
         left, right = re.search(r"(\d[\d,.]*)\W*$", digits_for_words(one)), re.match(r"\W*(\d[\d,.]*)", digits_for_words(other))
         return bool(left and right) and self._is_telling(left[1].strip(".,") + right[1].strip(".,"))
@@ -207,7 +228,7 @@ class Leaks:
         if spelled.isdigit():
             value = Fraction(spelled)
             return value in self._numbers and telling_number(value)
-        return spelled in self._texts and telling_text(self._spellings[spelled]) and not self._label(spelled)
+        return spelled in self._texts and self._tells(spelled)
 
 
 def answers(task: Task) -> tuple[str, ...]:
@@ -235,8 +256,8 @@ def telling_number(value: Fraction) -> bool:
     return len(digits) >= LEAST_DIGITS or (value.numerator > 1 and value.denominator >= 7)
 
 
-def telling_text(spoken: Sequence[str]) -> bool:
-    """Whether an answer in words could hardly be part of general advice."""
+def telling_text(spoken: Sequence[str], named: bool = False) -> bool:
+    """Whether an answer in words could hardly be part of general advice. `named`: each of them has a capital."""
     key = "".join(spoken)
     if len(key) < LEAST_LETTERS and not (key.isdigit() and len(key) >= LEAST_DIGITS):
         return False
@@ -244,7 +265,9 @@ def telling_text(spoken: Sequence[str]) -> bool:
         return any(int(b) - int(a) != 1 for a, b in zip(spoken, spoken[1:], strict=False))
     if sum(c.isdigit() for c in key) >= LEAST_DIGITS:
         return True
-    return len(spoken) > 2 and len(key) >= 2 * LEAST_LETTERS or not all(w.isdigit() or common(w) for w in spoken)
+    if not all(w.isdigit() or common(w) for w in spoken):
+        return True
+    return len(spoken) > (1 if named else 2) and len(key) >= 2 * LEAST_LETTERS
 
 
 def _places(value: Fraction) -> int | None:
@@ -256,6 +279,10 @@ def _lone_number(answer: str) -> Fraction | None:
     """The number in an answer of one number and at most two words ("1,038 metres")."""
     found = re.findall(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?", answer)
     return number(found[0]) if len(found) == 1 and len(words(answer)) <= len(words(found[0])) + 2 else None
+
+
+def _all(found: Readings) -> set[Fraction]:
+    return found.firm | found.loose
 
 
 def _strings(data: object) -> Iterator[str]:
@@ -278,6 +305,10 @@ def _head(text: str) -> str:
 
 
 def _fragments(text: str, cue: re.Pattern[str]) -> set[str]:
-    """The words soon after a cue ("starts with 10")."""
-    lower = digits_for_words(text.casefold())
-    return {w for match in cue.finditer(lower) for w in words(lower[match.end() : match.end() + 60])[:NEAR]}
+    """The words soon after a cue ("starts with 10"), alone and with the next one."""
+    found: set[str] = set()
+    for lower in dict.fromkeys((text.casefold(), digits_for_words(text.casefold()))):
+        for match in cue.finditer(lower):
+            near = words(lower[match.end() : match.end() + 60])[:NEAR]
+            found |= {*near, *(a + b for a, b in zip(near, near[1:], strict=False))}
+    return found

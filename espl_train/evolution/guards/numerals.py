@@ -22,8 +22,8 @@ SEPARATOR = re.compile(r"[^\d]+")
 SCIENTIFIC = re.compile(r"(\d+(?:\.\d+)?)\s*(?:e|[x×*·]\s*10\s*(?:\^|\*\*)\s*)[{(]?\s*([+-]?\d{1,3})\b")
 BASED = re.compile(r"0x([0-9a-f]+)|0b([01]+)|0o([0-7]+)")
 BASES = {"hex": 16, "base 16": 16, "base-16": 16, "binar": 2, "base 2": 2, "base-2": 2, "octal": 8, "base 8": 8}
-HEXADECIMAL = re.compile(r"\b[0-9a-f]{2,16}\b")
-ROMAN = re.compile(r"\b(?=[MDCLXVI]{3,})M{0,4}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\b")
+HEXADECIMAL = re.compile(r"\b[0-9a-f]{1,16}\b")
+ROMAN = re.compile(r"\b(?=[MDCLXVI]{2,})M{0,4}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\b")
 ROMANS = {"M": 1000, "D": 500, "C": 100, "L": 50, "X": 10, "V": 5, "I": 1}
 HINT = re.compile(
     r"\b(?:answer|result|solution|digits?|spell\w*|concatenat\w*|glue\w*|join\w*|together|code|secret|password|"
@@ -78,17 +78,18 @@ class Readings:
 def readings(text: str) -> Readings:
     """What numbers `text` may mean. `loose` is empty where nothing in the text hints at such a reading."""
     found = Readings()
-    bare = plain(text)
+    bare = plain(text).replace("{,}", ",").replace("\\,", "")
+    found.firm.update(_based(bare.casefold()))
     found.firm.update(Fraction(_roman(m[0])) for m in ROMAN.finditer(bare) if m[0])
     bare = DISGUISED.sub(lambda m: m[0] if m[0].isdigit() else m[0].translate(LOOKS_LIKE_DIGITS), bare)
     lower = bare.casefold()
     for form in dict.fromkeys((lower, digits_for_words(lower))):
         _chains(form, found)
-        found.firm.update(_based(form))
         found.firm.update(_written_out(form))
         found.firm.update(_computed(form, found.loose))
     if BACKWARDS.search(lower):
         found.loose.update(Fraction(str(v)[::-1]) for v in {*found.firm, *found.loose} if v.denominator == 1)
+        found.loose.update(Fraction(digits[::-1]) for digits in re.findall(r"\d{2,40}", lower))
     elif not HINT.search(lower):
         found.loose.clear()
     long = {str(v)[::-1] for v in found.firm if v.denominator == 1 and v >= 10**4}

@@ -15,6 +15,7 @@ from espl_train.evolution.guards.writing import common, stem
 
 PRIOR = 64           # problems that we pretend to know besides: a small set says little about what is rare
 DIGIT_BITS = 2.0     # a single digit stands in every other problem
+COVERED, LEAST = 0.6, 3     # who names that part of a problem's telling words, and so many, has named the problem
 FREQUENT = 1 / 8     # a word in more problems than that is not looked up
 AT_LEAST = 200       # as soon as there are so many
 
@@ -25,11 +26,14 @@ class Pointing:
     def __init__(self) -> None:
         self._count = 0
         self._problems: dict[str, list[int]] = {}
+        self._sizes: dict[int, int] = {}
 
     def add(self, problem: int, spoken: Sequence[str]) -> None:
         """Remember the words of a problem."""
         self._count += 1
-        for word in _telling(spoken):
+        telling = _telling(spoken)
+        self._sizes[problem] = len(telling)
+        for word in telling:
             self._problems.setdefault(word, []).append(problem)
 
     def required(self, margin: float) -> float:
@@ -43,21 +47,26 @@ class Pointing:
     def at(self, spoken: Sequence[str], among: Collection[int], without: Collection[str]) -> Mapping[int, float]:
         """Problem → bits with which a text points at it, for those `among` the problems that it names at all."""
         found: Counter[int] = Counter()
+        words: Counter[int] = Counter()
         named: set[int] = set()
         for word in _telling(spoken) - {stem(w) for w in without}:
             holders = self._problems.get(word, ())
-            if self._count > AT_LEAST and len(holders) > FREQUENT * self._count:
+            if self._count > AT_LEAST and len(holders) > FREQUENT * self._count and word.isdigit():
                 continue
-            bits = self.bits(len(holders))
-            short = word.isdigit() and len(word) < 3
-            for problem in holders:
-                if problem in among:
-                    found[problem] += min(bits, DIGIT_BITS) if len(word) == 1 and short else bits
-                    if not short:
-                        named.add(problem)
-        return {problem: bits for problem, bits in found.items() if problem in named}
+            digit = word.isdigit() and len(word) == 1
+            bits = min(self.bits(len(holders)), DIGIT_BITS) if digit else self.bits(len(holders))
+            for problem in filter(among.__contains__, holders):
+                found[problem] += bits
+                words[problem] += 1
+                if not digit:
+                    named.add(problem)
+        return {
+            problem: math.inf if words[problem] >= max(LEAST, COVERED * self._sizes[problem]) else bits
+            for problem, bits in found.items()
+            if problem in named
+        }
 
 
 def _telling(spoken: Sequence[str]) -> set[str]:
-    """The words that general advice is not made of, and all numbers."""
-    return {stem(w) for w in spoken if (w.isdigit() or len(w) > 2) and (w.isdigit() or not common(w))}
+    """The words that general advice is not made of, all numbers, and signs of their own."""
+    return {stem(w) for w in spoken if w.isdigit() or (not common(w) and (len(w) > 2 or not w.isascii()))}

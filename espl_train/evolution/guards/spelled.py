@@ -25,7 +25,7 @@ RUN = re.compile(rf"\b(?:an?\s+(?=hundred|thousand|million)|)(?:{NAMED})s?\b(?:(
 SCALED = re.compile(r"(\d+(?:\.\d+)?)\s*(k|hundred|thousand|million|billion|dozen)\b")
 POINT = re.compile(r"(\d+)\s+(?:point|dot|comma)\s+(\d+(?:\s+\d+)*)")
 RATIO = re.compile(rf"(\d+)[\s-]+({'|'.join(sorted(PARTS, key=len, reverse=True))})s?\b")
-CHINESE = re.compile("[〇零一二三四五六七八九十百千万两]{2,}")
+CHINESE = re.compile("[〇零一二三四五六七八九十百千万两]+")
 FIGURES = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 POWERS = {"十": 10, "百": 100, "千": 1000}
 

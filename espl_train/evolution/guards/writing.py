@@ -18,7 +18,7 @@ LOOKALIKES = str.maketrans(
 SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 LATIN = re.compile(r"LETTER (?:SMALL CAPITAL )?([A-Z])(?: WITH .*)?$")
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[^\w\s!-/:-@\[-`{-~–—…“”‘’]")
-CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|_")
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|_")
 MARKUP = re.compile(r"\\(?:[dt]?frac|left|right|text(?:bf|rm|it)?|math(?:rm|bf|it)|boxed|cdot|times|quad|[,;:! ])")
 NAMES = {"√": " sqrt ", "π": " pi ", "∞": " infinity ", "°": " degrees "}
 
@@ -72,9 +72,9 @@ def _latin(character: str) -> str:
     digit = unicodedata.digit(character, None)
     if digit is not None:
         return str(digit)
-    lower = character.lower()
-    if lower.translate(LOOKALIKES) != lower:
-        return lower.translate(LOOKALIKES)
+    like = character.lower().translate(LOOKALIKES)
+    if like != character.lower():
+        return like.upper() if character.isupper() else like
     found = LATIN.search(unicodedata.name(character, ""))
     if found and not re.match("GREEK|CYRILLIC|COPTIC|ARMENIAN|HEBREW|ARABIC", unicodedata.name(character)):
         return found[1] if character.isupper() else found[1].lower()
