@@ -37,9 +37,14 @@ class Source(Protocol):
     spent there still counts. patience_s: seconds after which a call is given up where the settings do not say.
     """
 
-    name: str
-    paid: bool
-    patience_s: float | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def paid(self) -> bool: ...
+
+    @property
+    def patience_s(self) -> float | None: ...
 
     def identity(self) -> Mapping[str, Any]:
         """What decides a reply besides messages and seed, as JSON: model or weights, and sampling parameters."""

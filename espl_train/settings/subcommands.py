@@ -35,6 +35,9 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(
         "espl_train.serving.command:main", "serve RUN|MODEL", "answer OpenAI's protocol with what a run has trained"
     ),
+    "review": Command(
+        "espl_train.reflecting.command:main", "review RUN", "read the children of a run with --review, and decide"
+    ),
     "export": Command(
         "espl_train.export.command:main", "export RUN", "best prompt with its provenance, adapter, a ready request"
     ),
