@@ -140,7 +140,7 @@ def _guarded(run: RunDirectory, request: Request, ranks: Ranks) -> int:
 def _train(run: RunDirectory, request: Request, ranks: Ranks) -> None:
     from espl_train.runs.console import Console
 
-    title = f"{run.config.env.id} · {run.config.model.path} · seed {run.config.seed} · {run.path}"
+    title = f"{run.config.env_ids} · {run.config.model.path} · seed {run.config.seed} · {run.path}"
     with Console(run.config.steps, title, request.quiet) as console, contextlib.ExitStack() as open_:
         run.warn = console.warn
         console.phase("loading the model")
@@ -171,7 +171,8 @@ def _finish(run: RunDirectory, console: Console, summary: Summary) -> None:
     """Draw the plot, keep the best prompt as a file, print the end of the run."""
     from espl_train.runs.metrics import read_lines
 
-    run.write_text("best_prompt.txt", summary.prompt)
+    for chosen in summary.chosen:
+        run.write_text(f"best_prompt.{chosen.env}.txt" if chosen.env else "best_prompt.txt", chosen.text)
     history = summary.history or tuple(read_lines(run.path / "metrics.jsonl"))
     console.summary(dataclasses.replace(summary, history=history, plot=_plot(run, console)))
 

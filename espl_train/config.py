@@ -378,6 +378,12 @@ class Config(Section):
         return self.envs or {"": self.env}
 
     @property
+    def shares(self) -> dict[str, float]:
+        """How much of the problems each environment gets; 1 in all."""
+        total = sum(env.weight for env in self.environments.values())
+        return {name: env.weight / total for name, env in self.environments.items()}
+
+    @property
     def env_ids(self) -> str:
         """What is trained on, in a word or two."""
         return " + ".join(env.id for env in self.environments.values())

@@ -61,6 +61,32 @@ def _variance(values: Sequence[float]) -> float:
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
+def weighted(parts: Sequence[tuple[float, float, float, float]]) -> tuple[float, float, float]:
+    """Mean and interval of a weighted mean of independent (weight, mean, low, high).
+
+    The distances of the bounds from the means are combined as standard errors are, below and above apart, so that
+    intervals which are not symmetric stay what they are (Zou & Donner 2008: MOVER).
+    """
+    total = math.fsum(weight for weight, *_ in parts)
+    shares = [(weight / total, mean, low, high) for weight, mean, low, high in parts]
+    mean = math.fsum(share * centre for share, centre, _, _ in shares)
+    below = math.hypot(*(share * (centre - low) for share, centre, low, _ in shares))
+    above = math.hypot(*(share * (high - centre) for share, centre, _, high in shares))
+    return mean, mean - below, mean + above
+
+
+def overall(records: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weighted record of several `metrics`, by environment: the root prompts together, and the best rated. Empty
+    where there is but one."""
+    if len(records) < 2:
+        return {}
+    record: dict[str, float] = {}
+    for name in ("validation/root", "validation/best"):
+        parts = [(weights[env], r[name], r[f"{name}/low"], r[f"{name}/high"]) for env, r in records.items()]
+        record |= dict(zip((name, f"{name}/low", f"{name}/high"), weighted(parts), strict=True))
+    return {**record, "validation/count": sum(r["validation/count"] for r in records.values())}
+
+
 def metrics(evaluations: Mapping[str, Evaluation], root: str, best: str) -> dict[str, float]:
     """The flat record of one validation: every prompt, and the root and the best rated under names of their own."""
     record: dict[str, float] = {}

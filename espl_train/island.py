@@ -26,10 +26,11 @@ from espl_train.learner.shaping import Shaping
 from espl_train.lengths import Lengths
 from espl_train.overlap import together
 from espl_train.problems import Deck, Part, Problems, ProblemSets
+from espl_train.randomness import derive
 from espl_train.records import Group, Rollout, RolloutKey, grouped
 from espl_train.reflecting.client import Client
 from espl_train.rollout import Collector, Job, Progress
-from espl_train.sandboxes import Boxes
+from espl_train.sandboxes import Boxes, wanted
 
 
 class Island:
@@ -40,18 +41,19 @@ class Island:
         name: str = "",
     ) -> None:
         self.name, self.config, self.sets, self.templates = name, config, sets, templates
-        self.deck = Deck(sets.train, config.seed)
-        self.population = Population(config.evolution, config.rating, config.seed)
+        self.seed = derive(config.seed, "island", name) if name else config.seed
+        self.deck = Deck(sets.train, self.seed)
+        self.population = Population(config.evolution, config.rating, self.seed, name)
         self.breeder = Breeder(
-            config.evolution, templates, config.seed, chat.tokenizer.all_special_tokens,
+            config.evolution, templates, self.seed, chat.tokenizer.all_special_tokens,
             tokens=partial(count_tokens, chat.tokenizer),
         )  # fmt: skip
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
         self.lengths = Lengths()
         self.chosen: str | None = None      # who plays alone, while only weights learn
-        limits = boxes.limited(config.rollout)
+        limits = boxes.limited(config.rollout, config.shares[name], wanted(p.env for p in sets) is not None)
         self.collectors = {
-            problems.part: Collector(problems.make, chat, engine, limits, config.seed) for problems in sets
+            problems.part: Collector(problems.make, chat, engine, limits, self.seed) for problems in sets
         }
 
     @property
@@ -73,10 +75,12 @@ class Island:
     def evaluation(self, part: Part, prompts: Sequence[str], most: int) -> Round:
         """The same at most `most` problems for each of the prompts, in every evaluation of the run."""
         players = dict.fromkeys(prompts, self.config.evaluation.samples)
-        return Round(self, self.sets[part], players, self.sets[part].sample(self.config.seed, most))
+        return Round(self, self.sets[part], players, self.sets[part].sample(self.seed, most))
 
-    async def breed(self, step: int, groups: Sequence[Group], client: Client) -> BreedingReport:
-        """Children of those that played `groups`; the population is only read."""
+    async def breed(self, step: int, groups: Sequence[Group], client: Client) -> BreedingReport | None:
+        """Children of those that played `groups`; the population is only read. None where nobody played."""
+        if not groups:
+            return None
         tasks = self.sets.train.tasks
         with purpose(island=self.name):
             return await self.breeder.breed(
@@ -117,9 +121,9 @@ class Island:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` wrote down."""
         config = self.config
-        self.population = Population.from_json(state["population"], config.evolution, config.rating, config.seed)
+        self.population = Population.from_json(state["population"], config.evolution, config.rating, self.seed)
         self.breeder.restore(state["breeder"])
-        self.deck = Deck(self.sets.train, config.seed, state["deck"])
+        self.deck = Deck(self.sets.train, self.seed, state["deck"])
         self.lengths = Lengths.from_json(state["lengths"])
         self.chosen = state["chosen"]
 

@@ -18,7 +18,7 @@ from espl_train import report, schedule
 from espl_train.chat import Chat
 from espl_train.config import Config
 from espl_train.engines.choice import engine_for
-from espl_train.evaluation import Evaluation, metrics
+from espl_train.evaluation import Evaluation, metrics, overall
 from espl_train.evolution.breeding import BreedingReport
 from espl_train.evolution.population import Population
 from espl_train.evolution.templates import TemplateSet
@@ -26,15 +26,16 @@ from espl_train.island import Batch, Island, Round, play
 from espl_train.learner.ranks import ALONE, Ranks
 from espl_train.learner.update import Learner
 from espl_train.overlap import beside, overlaps, together
-from espl_train.problems import Part, ProblemSets
+from espl_train.problems import Part, ProblemSets, shares
 from espl_train.profiling import Phases, Profile, Spent
 from espl_train.records import Rollout
 from espl_train.reflecting.choice import client_for
 from espl_train.report import IslandReport, IterationReport, Totals
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
-from espl_train.runs.summary import Summary
-from espl_train.sandboxes import Boxes, equipped, wanted
+from espl_train.runs.islands import own, under
+from espl_train.runs.summary import Chosen, Summary
+from espl_train.sandboxes import Boxes, equipped
 
 PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
 
@@ -50,15 +51,17 @@ class Trainer:
         self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None
     ) -> None:
         self.config, self.run, self.console = config, run, console
-        sets = ProblemSets.of(equipped(config))
-        self.boxes = Boxes(config.sandbox, wanted(problems.env for problems in sets))
+        sets = {name: ProblemSets.of(equipped(config, env)) for name, env in config.environments.items()}
+        self.boxes = Boxes.of(config, {name: [problems.env for problems in parts] for name, parts in sets.items()})
         self.learner = Learner.of(config, ranks)
         self.policy = self.learner.policy
         self.engine = engine_for(config, self.policy)
         self.overlaps = overlaps(config, self.engine, self.policy.device.type)
         self.chat = Chat(self.policy.tokenizer)
         templates = TemplateSet.load(config.model.templates or self.policy.templates)
-        self.islands = [Island(config, sets, self.boxes, self.chat, self.engine, templates)]
+        self.islands = [
+            Island(config, parts, self.boxes, self.chat, self.engine, templates, name) for name, parts in sets.items()
+        ]
         self.client = client_for(config, run.path, self.engine, self.chat, self.policy)
         self.totals = Totals()
         self.profile = profile
@@ -99,7 +102,9 @@ class Trainer:
             self.profile.begin(self.step, self.first, config.steps)
         self._turn()
         with self.phases("select"):
-            batches = [Batch.of(island, self.step, config.rollout.problems) for island in self.islands]
+            weights = [env.weight for env in config.environments.values()]
+            sizes = shares(weights, config.rollout.problems, self.step)
+            batches = [Batch.of(island, self.step, size) for island, size in zip(self.islands, sizes, strict=True)]
         counts = self._play_out(batches)
         bred, update = self._reflect_and_learn(batches)
         with self.phases("rating"):
@@ -113,7 +118,8 @@ class Trainer:
                 island.best(found, self.step == config.steps), batch.metrics(),
             )
         seconds = time.perf_counter() - started
-        done = IterationReport(self.step, parts, update, seconds, {**counts, **self.phases.take()})
+        common = {**overall(validation, config.shares), **counts, **self.phases.take()}
+        done = IterationReport(self.step, parts, update, seconds, common)
         self.totals = self.totals.plus(done.rollouts, done.reflection_tokens, seconds)
         return done
 
@@ -184,9 +190,9 @@ class Trainer:
             bred = background.run_through(self._breed(batches))
         return bred, self._update(batches) if now.learns else None
 
-    async def _breed(self, batches: Sequence[Batch]) -> Sequence[BreedingReport]:
+    async def _breed(self, batches: Sequence[Batch]) -> Sequence[BreedingReport | None]:
         with self.phases("reflection") as spent:
-            bred = await together(batch.breed(self.step, self.policy.version, self.client) for batch in batches)
+            bred = await together(batch.island.breed(self.step, batch.groups, self.client) for batch in batches)
             self.client.end()
             spent.tokens += self.client.spent.completion_tokens
             return bred
@@ -225,13 +231,16 @@ class Trainer:
 
     def _begin(self) -> None:
         """Where the run starts from: the root prompts on the base weights."""
-        for problems in (problems for island in self.islands for problems in island.sets):
-            self.console.note(f"{problems.part}: {problems}")
+        for island in self.islands:
+            for problems in island.sets:
+                self.console.note(f"{island.name} {problems.part}: {problems}".lstrip())
         roots = {island.name: island.population.root.id for island in self.islands}
         prompts = {name: [root] for name, root in roots.items()}
         found = self.evaluate("validation", prompts, self.config.evaluation.problems, "validation")
-        (start,) = (metrics(found[name], root, root) for name, root in roots.items())
-        self.run.log.metrics({"step": 0, **start, **self.boxes.metrics(), **self.phases.take()})
+        start = {name: metrics(found[name], root, root) for name, root in roots.items()}
+        record = {key: value for name, own in start.items() for key, value in under(name, own).items()}
+        record |= {**overall(start, self.config.shares), **self.boxes.metrics(), **self.phases.take()}
+        self.run.log.metrics({"step": 0, **record})
         self._checkpoint()
 
     def _persist(self, done: IterationReport) -> None:
@@ -258,8 +267,8 @@ class Trainer:
         """Everything that the next step depends on, in one transaction."""
         with self.phases("checkpoint"):
             islands = {island.name: island.state() for island in self.islands}
-            (state,) = islands.values()
-            self.run.write_population(state["population"])
+            for name, island in islands.items():
+                self.run.write_population(island["population"], name)
             state = {"islands": islands, "client": self.client.state(), "totals": self.totals.to_json()}
             self.run.save(self.step, {"state": state, "learner": self.learner.state_dict()})
 
@@ -279,17 +288,21 @@ class Trainer:
     def _finish(self) -> Summary:
         """Choose by validation, then test: the start, each half alone, and both together."""
         history = report.history(self.run.path)
-        (island,) = self.islands
-        root, best = island.population.root.id, str(history[-1]["best"])
-        prompts, most = {island.name: list(dict.fromkeys([root, best]))}, self.config.evaluation.test_problems
+        histories = {island.name: [own(record, island.name) for record in history] for island in self.islands}
+        best = {name: str(records[-1]["best"]) for name, records in histories.items()}
+        roots = {island.name: island.population.root.id for island in self.islands}
+        prompts = {name: list(dict.fromkeys([root, best[name]])) for name, root in roots.items()}
+        most, opened = self.config.evaluation.test_problems, report.opened(self.run.path, self.step)
         start = self.evaluate("test", prompts, most, "test, base weights", base=True)
         after = self.evaluate("test", prompts, most, "test") if self.config.mode != "evolution" else {}
-        table = report.table(start.get(island.name, {}), after.get(island.name, {}), root, best)
-        self.run.log.event(self.step, "test", scores={s.name: s.mean for s in table}, best=best)
-        opened = report.opened(self.run.path, self.step)
+        tables = {}
+        for name, root in roots.items():
+            table = report.table(start.get(name, {}), after.get(name, {}), root, best[name])
+            where = {"env": name} if name else {}
+            self.run.log.event(self.step, "test", scores={s.name: s.mean for s in table}, best=best[name], **where)
+            tables[name] = [*report.validation_table(histories[name], root, best[name]), *table]
         self.policy.save_adapter(self.run.path / "policy")
-        scores = (*report.validation_table(history, root, best), *table)
-        notes = report.notes(self.config.evaluation, chosen=best != root)
+        notes = report.notes(self.config.evaluation, chosen=best != roots)
         return Summary(
             run=self.run.path,
             steps=self.step,
@@ -297,9 +310,8 @@ class Trainer:
             tokens=self.totals.tokens,
             rollouts=self.totals.rollouts,
             faulted=self.totals.faulted,
-            best=best,
-            prompt=island.text(best),
-            scores=scores,
+            chosen=tuple(Chosen(best[i.name], i.text(best[i.name]), i.name) for i in self.islands),
+            scores=report.mixed(tables, self.config.shares),
             history=tuple(history),
             notes=(*self.boxes.notes(), *notes, *opened, *self.client.ledger.table()),
         )

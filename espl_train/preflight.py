@@ -8,7 +8,7 @@ prints the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,23 +48,26 @@ def inspect(config: Config, run: Path | None = None, dry: bool = False) -> Plan:
     `run` is the directory of a run that would be continued.
     """
     _all_arguments(config)
-    sets = ProblemSets.of(equipped(config))
+    sets = {name: ProblemSets.of(equipped(config, env)) for name, env in config.environments.items()}
     cheap = (*_environment(config, sets), *_model(config))
     asked = reflection(config) if config.mode != "rl" else ()
     return Plan((*cheap, *_boxes(config, sets, dry), *asked, *_work(config), *_directory(config, run)))
 
 
 def _all_arguments(config: Config) -> None:
+    for name, env in config.environments.items():
+        key = f"envs.{name}" if name else "env"
+        _arguments(env.id, env.args, f"{key}.args")
+        if env.test_id is not None:
+            _arguments(env.test_id, env.test_args, f"{key}.test_args")
 
-    _arguments(config.env.id, config.env.args, "env.args")
-    if config.env.test_id is not None:
-        _arguments(config.env.test_id, config.env.test_args, "env.test_args")
 
-
-def _environment(config: Config, sets: ProblemSets) -> Iterator[tuple[str, str]]:
-    yield "environment", config.env.id + (f", tested on {config.env.test_id}" if config.env.test_id else "")
-    for problems in sets:
-        yield f"  {problems.part}", str(problems)
+def _environment(config: Config, sets: Mapping[str, ProblemSets]) -> Iterator[tuple[str, str]]:
+    for name, env in config.environments.items():
+        share = f"{name}: {config.shares[name]:.0%} of the problems, " if name else ""
+        yield "environment", share + env.id + (f", tested on {env.test_id}" if env.test_id else "")
+        for problems in sets[name]:
+            yield f"  {problems.part}", str(problems)
 
 
 def _arguments(env_id: str, args: dict[str, Any], key: str) -> None:
@@ -76,9 +79,15 @@ def _arguments(env_id: str, args: dict[str, Any], key: str) -> None:
             raise EsplError(f"{env_id} has no argument {argument!r}; it takes {', '.join(sorted(known))}.{close}")
 
 
-def _boxes(config: Config, sets: ProblemSets, dry: bool) -> Iterator[tuple[str, str]]:
-    settings = wanted(problems.env for problems in sets)
-    if settings is not None:
+def _boxes(config: Config, sets: Mapping[str, ProblemSets], dry: bool) -> Iterator[tuple[str, str]]:
+    """Every kind of box that some environment wants. Raises EsplError where they are too few, or of several makers."""
+    needs = [found for parts in sets.values() if (found := wanted(problems.env for problems in parts)) is not None]
+    makers = {settings.provider or config.sandbox.provider for settings in needs}
+    if len(makers) > 1:
+        raise EsplError(f"the environments want boxes from {' and '.join(sorted(makers))}: a run has one provider")
+    if len(needs) > config.sandbox.max_live:
+        raise EsplError(f"{len(needs)} environments need boxes, but sandbox.max_live allows {config.sandbox.max_live}")
+    for settings in {repr((need.provider, need.spec)): need for need in needs}.values():
         yield from check(settings, config.sandbox, dry)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from math import floor
 from typing import Any, Literal
 
 import gymnasium
@@ -167,3 +169,26 @@ def carve(task_id: str) -> Part:
     """The part that a task belongs to when a set in one piece is parted. Depends on nothing but the id."""
     place = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") % 100
     return next(part for part, upto in SHARES if place < upto)
+
+
+def shares(weights: Sequence[float], size: int, step: int) -> list[int]:
+    """How many of the `size` problems of `step` (from 1) go to each environment, by its weight.
+
+    Seats are given one by one over all steps, each to the largest weight / (2·seats + 1) (Webster, Sainte-Laguë). So
+    nobody ever gives a seat back, the sums are exact whenever the weights divide them, and there is nothing to remember
+    from step to step.
+    """
+    after, before = _seats(weights, size * step), _seats(weights, size * (step - 1))
+    return [now - then for now, then in zip(after, before, strict=True)]
+
+
+def _seats(weights: Sequence[float], count: int) -> list[int]:
+    """The first `count` seats, by weight. Ties go to who comes first."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    parts = [weight / sum(exact) for weight in exact]
+    sure = count - Fraction(len(parts), 2)          # rounding quotas of that many seats gives out no more than `count`
+    seats = [max(floor(part * sure + Fraction(1, 2)), 0) for part in parts]
+    while sum(seats) < count:
+        neediest = max(range(len(parts)), key=lambda i: (parts[i] / (2 * seats[i] + 1), -i))
+        seats[neediest] += 1
+    return seats

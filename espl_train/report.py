@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from espl_train.config import EvaluationConfig
-from espl_train.evaluation import Evaluation
+from espl_train.evaluation import Evaluation, weighted
 from espl_train.evolution.breeding import BreedingReport
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import SystemPrompt
 from espl_train.learner.update import UpdateReport
 from espl_train.records import Group, Rollout
 from espl_train.runs import seal
+from espl_train.runs.islands import under
 from espl_train.runs.metrics import read_lines
 from espl_train.runs.summary import Score
 
@@ -136,17 +137,30 @@ class IterationReport:
 
     def metrics(self, populations: Mapping[str, Population]) -> dict[str, Any]:
         """The flat record of metrics.jsonl."""
-        (record,) = (island.metrics(populations[name]) for name, island in self.islands.items())
+        record = self._islands({name: island.metrics(populations[name]) for name, island in self.islands.items()})
         if self.update is not None:
             numbers = {key: value for key, value in asdict(self.update).items() if isinstance(value, int | float)}
             record |= {f"update/{key}": value for key, value in numbers.items()}
             record["update/skipped"] = float(self.update.skipped is not None)
         return {"step": self.step, **record, **self.shared, "seconds": self.seconds}
 
+    def _islands(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The record of the only island; with several, the sums over all of them, and below them their own."""
+        record: dict[str, Any] = {}
+        if len(records) > 1:
+            groups = [group for island in self.islands.values() for group in island.groups]
+            record |= played(groups, self.reflection_tokens)
+            for counts in (island.evolution() for island in self.islands.values()):
+                record |= {name: record.get(name, 0) + count for name, count in counts.items()}
+        for name, own in records.items():
+            record |= under(name, own)
+        return record
+
     def events(self, populations: Mapping[str, Population]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every decision of the iteration, for events.jsonl: what it was, and its details."""
         for name, island in self.islands.items():
-            yield from island.events(populations[name])
+            where = {"env": name} if name else {}
+            yield from ((kind, {**details, **where}) for kind, details in island.events(populations[name]))
         if self.update is not None and self.update.skipped:
             yield "update_skipped", {"reason": self.update.skipped}
 
@@ -162,6 +176,8 @@ class IterationReport:
 
 def played(groups: Sequence[Group], reflection_tokens: int) -> dict[str, Any]:
     """What was played, as metrics: rewards, counts, contrast, tokens, tools, and why episodes ended."""
+    if not groups:
+        return {}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     return {
         "reward/mean": _mean([r.reward for r in rollouts if not r.faulted]),
@@ -202,6 +218,29 @@ def table(
     if best != root:
         cells.append(("test, trained weights, best prompt", after.get(best)))
     return [Score(name, e.mean, e.problems, e.low, e.high) for name, e in cells if e is not None and e.problems]
+
+
+def mixed(tables: Mapping[str, Sequence[Score]], shares: Mapping[str, float]) -> tuple[Score, ...]:
+    """The tables of all environments in one, each row named after its own; before them their weighted means.
+
+    An environment whose best prompt is the root has no row of its own for the best: the root's stands for it.
+    """
+    if len(tables) == 1:
+        return tuple(row for table in tables.values() for row in table)
+    known = {name: {row.name: row for row in table} for name, table in tables.items()}
+    rows = []
+    for title in dict.fromkeys(row.name for table in tables.values() for row in table):
+        roots = title.replace("best prompt *", "root prompt").replace("best prompt", "root prompt")
+        found = {name: table.get(title) or table.get(roots) for name, table in known.items()}
+        parts = [(shares[n], r.mean, _known(r.low), _known(r.high)) for n, r in found.items() if r is not None]
+        if len(parts) == len(tables):
+            mean, low, high = weighted(parts)
+            rows.append(Score(f"all: {title}", mean, sum(r.count for r in found.values() if r), low, high))
+    return (*rows, *(replace(r, name=f"{name}: {r.name}") for name, table in tables.items() for r in table))
+
+
+def _known(bound: float | None) -> float:
+    return math.nan if bound is None else bound
 
 
 def notes(config: EvaluationConfig, chosen: bool) -> tuple[str, ...]:

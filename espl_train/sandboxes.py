@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -37,11 +37,12 @@ def parameters(env_id: str) -> frozenset[str] | None:
     return frozenset(known - {"self", "family", "args", "kwargs", "settings", "split"})
 
 
-def equipped(config: Config) -> EnvConfig:
-    """The run's environments, with the section `sandbox` among the arguments of those that have tools for it.
+def equipped(config: Config, env: EnvConfig | None = None) -> EnvConfig:
+    """An environment of the run (by default its only one), with the section `sandbox` among the arguments where it has
+    tools for it.
 
-    Single settings in `env.args.sandbox` win. A box outlives twice the longest episode, because half of its life may
-    be over when it is lent.
+    Single settings in its own argument `sandbox` win. A box outlives twice the longest episode, because half of its
+    life may be over when it is lent.
     """
     given = config.sandbox.model_dump(exclude=set(OWN))
     given["lifetime_s"] = max(LIFETIME_S, 3 * config.rollout.deadline_s)
@@ -52,7 +53,7 @@ def equipped(config: Config) -> EnvConfig:
         own = args.get("sandbox") or {}
         return {**args, "sandbox": {**given, **own} if isinstance(own, Mapping) else own}
 
-    env = config.env
+    env = env or config.env
     changed: dict[str, Any] = {"args": with_boxes(env.id, env.args)}
     if env.test_id is not None:
         changed["test_args"] = with_boxes(env.test_id, env.test_args)
@@ -104,15 +105,25 @@ def _image(name: str, dry: bool) -> str:
 
 
 class Boxes:
-    """The pool of one run. Without a need for boxes it is a pool of none, and nothing is ever started."""
+    """The pool of one run. Without a need for boxes it is a pool of none, and nothing is ever started.
 
-    def __init__(self, config: SandboxConfig, settings: BoxSettings | None) -> None:
-        self.settings, self._config = settings, config
+    `users` is the share of the run that its environments with boxes have.
+    """
+
+    def __init__(self, config: SandboxConfig, settings: BoxSettings | None, users: float = 1.0) -> None:
+        self.settings, self._config, self._users = settings, config, users
         self.provider = (settings.provider or config.provider) if settings else ""
         if settings:
             from espl_envs.sandbox import pool
 
             pool.configure(provider=self.provider, max_live=config.max_live, warm=config.warm)
+
+    @classmethod
+    def of(cls, config: Config, environments: Mapping[str, Sequence[TextEnv]]) -> Boxes:
+        """The pool for the environments of a run, by the names that they have in `config`."""
+        needs = {name: found for name, envs in environments.items() if (found := wanted(envs)) is not None}
+        users = sum(config.shares[name] for name in needs)
+        return cls(config.sandbox, next(iter(needs.values()), None), users or 1.0)
 
     def standing(self) -> str:
         """How many there are at this moment, in words; empty where the run needs none."""
@@ -123,12 +134,16 @@ class Boxes:
         pool = shared_pool(self.provider)
         return f"{pool.live} live, {pool.warm} warm, {pool.waiting} waiting"
 
-    def limited(self, rollout: RolloutConfig) -> RolloutConfig:
-        """No more episodes at once than boxes: an episode in line for a box would be waited for by the engine, and so
-        by those who have the boxes."""
-        if not self.settings or rollout.concurrency <= self._config.max_live:
-            return rollout
-        return rollout.model_copy(update={"concurrency": self._config.max_live})
+    def limited(self, rollout: RolloutConfig, share: float = 1.0, boxed: bool = True) -> RolloutConfig:
+        """The limits of an environment that has `share` of the run, and of its boxes if it is `boxed`.
+
+        No more episodes at once than boxes: an episode in line for a box would be waited for by the engine, and so by
+        those who have the boxes.
+        """
+        places = max(int(rollout.concurrency * share), 1)
+        if self.settings and boxed:
+            places = min(places, max(int(self._config.max_live * share / self._users), 1))
+        return rollout if places == rollout.concurrency else rollout.model_copy(update={"concurrency": places})
 
     def metrics(self) -> dict[str, float]:
         """What every record of the run must say."""

@@ -15,7 +15,7 @@ import pytest
 
 from espl_envs.core.errors import EsplError, MissingData
 from espl_train import cli, preflight
-from espl_train.runs.summary import Score, Summary
+from espl_train.runs.summary import Chosen, Score, Summary
 
 Body = Callable[[Any], None]
 
@@ -45,7 +45,8 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body], None]:
                     self.console.step({"step": self.step, "reward/mean": self.step / 10})
                     body(self)
                 return Summary(
-                    self.run.path, self.step, 1.0, 10, 20, 0, "p0001", "⊕ multiplies.", (Score("test", 0.5),)
+                    self.run.path, self.step, 1.0, 10, 20, 0, (Chosen("p0001", "⊕ multiplies."),),
+                    (Score("test", 0.5),),
                 )
 
         module = types.ModuleType("espl_train.loop")

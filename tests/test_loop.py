@@ -149,7 +149,7 @@ def test_the_table_holds_the_scores_of_these_plays(
     breed_simply(monkeypatch)
     deal(monkeypatch, reward)
     _, summary = run(config(model, out))
-    assert summary.best == "p0001"
+    assert summary.chosen[0].prompt == "p0001"
     assert [score.mean for score in summary.scores] == pytest.approx([0.2, 0.4, 0.5, 0.5, 0.6, 0.7, 0.8])
     assert [score.count for score in summary.scores] == [3, 3, 3, 4, 4, 4, 4]
     (event,) = [e for e in read_lines(out / "events.jsonl") if e["kind"] == "test"]
@@ -174,12 +174,12 @@ def test_the_chosen_prompt_is_the_best_validated_among_the_top_rated(
     assert set(trainer.islands[0].population.top(2)) == {"p0001", "p0002"} and len(trainer.islands[0].population) == 4
     assert theatre.of("validation")[-1].prompts == ["p0000", *trainer.islands[0].population.top(2)]
     if favourite == "p0003":
-        assert summary.best in ("p0000", "p0001", "p0002")
+        assert summary.chosen[0].prompt in ("p0000", "p0001", "p0002")
     else:
-        assert summary.best == favourite
-    assert summary.prompt == trainer.islands[0].text(summary.best)
-    assert all(play.prompts == list(dict.fromkeys(["p0000", summary.best])) for play in theatre.of("test"))
-    assert list(read_lines(out / "metrics.jsonl"))[-1]["best"] == summary.best
+        assert summary.chosen[0].prompt == favourite
+    assert summary.chosen[0].text == trainer.islands[0].text(summary.chosen[0].prompt)
+    assert all(play.prompts == list(dict.fromkeys(["p0000", summary.chosen[0].prompt])) for play in theatre.of("test"))
+    assert list(read_lines(out / "metrics.jsonl"))[-1]["best"] == summary.chosen[0].prompt
 
 
 def test_a_child_that_was_never_played_is_not_in_question(
@@ -190,7 +190,7 @@ def test_a_child_that_was_never_played_is_not_in_question(
     theatre = deal(monkeypatch, favouring("p0003"))
     _, summary = run(config(model, out, steps=3, **{"evaluation.prompts": 9}))
     assert sorted(theatre.of("validation")[-1].prompts) == ["p0000", "p0001", "p0002"]
-    assert summary.best != "p0003"
+    assert summary.chosen[0].prompt != "p0003"
 
 
 @pytest.mark.parametrize(("choice", "best"), [("latest", "p0003"), ("lower_bound", None)])
@@ -200,7 +200,7 @@ def test_another_choice_does_not_ask_validation(
     breed_simply(monkeypatch)
     deal(monkeypatch, favouring("p0000"))
     trainer, summary = run(config(model, out, steps=3, **{"evaluation.choice": choice}))
-    assert summary.best == (best or trainer.islands[0].population.elite.id) != "p0000"
+    assert summary.chosen[0].prompt == (best or trainer.islands[0].population.elite.id) != "p0000"
 
 
 def test_the_crossover_child_is_inserted_before_the_mutation_child(
@@ -242,7 +242,7 @@ def test_rl_plays_one_group_of_all_samples_per_problem_under_the_root(
         assert [r for g in groups for r in g.rollouts] == list(play.rollouts)
         assert all(set(g.advantages) == {-0.5, 0.5} for g in groups)
     assert {key.prompt for key in keys(theatre.plays)} == {"p0000"} and len(trainer.islands[0].population) == 1
-    assert summary.best == "p0000"
+    assert summary.chosen[0].prompt == "p0000"
 
 
 @pytest.mark.parametrize(("mode", "moves"), [("evolution", False), ("rl", True), ("evolution_rl", True)])

@@ -111,7 +111,7 @@ def test_sequential_freezes_first_the_weights_and_then_the_prompts(
     monkeypatch.setattr(Trainer, "iterate", iterate)
     trainer, summary = run(config(model, tmp_path / "a", **SEQUENTIAL))
     assert seen == [(True, size, None) for size in (2, 3, 4)] + [(False, 4, "p0002")] * 2
-    assert summary.best == "p0002" == trainer.islands[0].leader
+    assert summary.chosen[0].prompt == "p0002" == trainer.islands[0].leader
     plays = theatre.plays
     assert trained(plays, 4) == trained(plays, 5) == {"p0002": 2 * 3 * 2}
     assert {g.prompt for groups in theatre.updates for g in groups} == {"p0002"}

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from espl_train.runs.console import Console, clean, step_line
-from espl_train.runs.summary import Score, Summary, duration, sparkline, wilson
+from espl_train.runs.summary import Chosen, Score, Summary, duration, sparkline, wilson
 
 RECORD = {
     "step": 3, "seconds": 12.34, "reward/mean": 0.4567, "reward/p0000": 0.4, "reward/p0002": 0.51,
@@ -129,7 +129,7 @@ def test_the_panel_draws_while_the_loop_talks() -> None:
 def summary(**changes: object) -> Summary:
     fields: dict[str, object] = {
         "run": Path("runs/x"), "steps": 10, "seconds": 125.0, "tokens": 123456, "rollouts": 2400, "faulted": 0,
-        "best": "p0002", "prompt": "⊕ multiplies.\n" + HOSTILE,
+        "chosen": (Chosen("p0002", "⊕ multiplies.\n" + HOSTILE),),
         "scores": (Score("test, start", 0.25, 200, 0.19, 0.31), Score("test, best prompt", 0.75)),
         "history": tuple({"step": s, "reward/mean": s / 10} for s in range(10)),
         "plot": Path("runs/x/plot.png"),
@@ -152,7 +152,7 @@ def test_the_summary_shows_curves_scores_and_the_best_prompt(terminal: bool) -> 
 
 def test_an_empty_prompt_is_said_to_be_empty() -> None:
     console, out, _ = make()
-    console.summary(summary(prompt=" \n"))
+    console.summary(summary(chosen=(Chosen("p0002", " \n"),)))
     assert "(the empty system prompt)" in out.export_text()
 
 

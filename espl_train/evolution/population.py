@@ -18,6 +18,8 @@ from espl_train.evolution.prompts import Child, Principle, Rating, SystemPrompt
 from espl_train.randomness import generator
 from espl_train.records import Group
 
+FIRST = "p0000"      # the root; in a run with several populations after the name of its own, as in "math:p0000"
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -31,10 +33,10 @@ class Member:
 class Population:
     """All living prompts, and the `lineage` of all there were. Grows by `add`, learns by `rate`, plays by `select`."""
 
-    def __init__(self, evolution: EvolutionConfig, rating: RatingConfig, seed: int) -> None:
+    def __init__(self, evolution: EvolutionConfig, rating: RatingConfig, seed: int, name: str = "") -> None:
         self._evolution, self._rating, self._seed = evolution, rating, seed
         principles = tuple(Principle(f"G{i}", text) for i, text in enumerate(evolution.root, 1))
-        root = SystemPrompt("p0000", principles, last_id=len(principles))
+        root = SystemPrompt(f"{name}:{FIRST}" if name else FIRST, principles, last_id=len(principles))
         self._prompts: dict[str, SystemPrompt] = {root.id: root}
         self.lineage = Lineage()
         self.lineage.add(root, {})
@@ -147,9 +149,8 @@ class Population:
         return born
 
     def _insert(self, child: Child, step: int) -> SystemPrompt:
-        prompt = SystemPrompt(
-            f"p{self._born:04d}", child.principles, child.operator, child.parents, born=step, last_id=child.last_id
-        )
+        own = f"{self.root.id.removesuffix(FIRST)}p{self._born:04d}"
+        prompt = SystemPrompt(own, child.principles, child.operator, child.parents, born=step, last_id=child.last_id)
         self._born += 1
         self._prompts[prompt.id], self._games[prompt.id] = prompt, 0
         self._beliefs = self._beliefs.born(prompt.id, () if child.operator == "immigrant" else child.parents)

@@ -23,7 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from espl_train.runs.summary import Summary, curves, duration, sparkline
+from espl_train.runs.islands import names, own
+from espl_train.runs.summary import Chosen, Summary, curves, duration, sparkline
 
 EVERY_S = 15.0
 CONTROL = re.compile(
@@ -31,7 +32,7 @@ CONTROL = re.compile(
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
     re.DOTALL,
 )
-PROMPT_KEY = re.compile(r"reward/(p\d+)")
+PROMPT_KEY = re.compile(r"reward/((?:[\w-]+:)?p\d+)")
 
 
 def clean(text: str) -> str:
@@ -217,8 +218,9 @@ class Console:
             if state.validation:
                 shown = "   ".join(f"{name} prompt {value:.3f}" for name, value in state.validation.items())
                 parts.append(Text.assemble(("validation  ", "dim"), shown))
-            if PROMPT_KEY.search(" ".join(state.record)):
-                parts += [Text(), prompts_table(state.record)]
+            played = {k: v for n in names([state.record]) for k, v in own(state.record, n).items()}
+            if any(map(PROMPT_KEY.fullmatch, played)):
+                parts += [Text(), prompts_table(played)]
             if state.messages:
                 parts += [Text(), *state.messages]
             return Panel(Group(*parts), title=Text(self._title), title_align="left", border_style="dim")
@@ -258,12 +260,12 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def step_line(record: Mapping[str, Any], steps: int, remaining: float | None) -> str:
+def step_line(record: Mapping[str, Any], steps: int, remaining: float | None, noun: str = "step") -> str:
     """One step as one line of plain text."""
-    parts = [f"step {int(_number(record, 'step') or 0):>{len(str(steps))}}/{steps}"]
+    parts = [f"{noun} {int(_number(record, 'step') or 0):>{len(str(steps))}}/{steps}"]
     for key, words in (("reward/mean", "reward"), ("validation/root", "validation root"), ("validation/best", "best")):
         if (value := _number(record, key)) is not None:
-            parts.append(f"{words} {value:.3f}")
+            parts.append(f"{words} {value:.3f}{_apart(record, key) if key == 'reward/mean' else ''}")
     if (loss := _number(record, "update/loss")) is not None:
         parts.append(f"loss {loss:+.3g}")
     if children := int(_number(record, "evolution/children") or 0):
@@ -277,6 +279,13 @@ def step_line(record: Mapping[str, Any], steps: int, remaining: float | None) ->
     return "  ".join(parts)
 
 
+def _apart(record: Mapping[str, Any], key: str) -> str:
+    """What a number comes to in each of several environments."""
+    known = {name: _number(own(record, name), key) for name in names([record]) if name}
+    shown = ", ".join(f"{clean(name)} {value:.3f}" for name, value in known.items() if value is not None)
+    return f" ({shown})" if shown else ""
+
+
 def summary_view(summary: Summary, framed: bool) -> RenderableType:
     """The end of a run: curves, scores, the best system prompt, where everything lies."""
     curve = _table(("", "left"), ("first", "right"), ("", "left"), ("last", "right"))
@@ -287,9 +296,6 @@ def summary_view(summary: Summary, framed: bool) -> RenderableType:
     scores.add_column(no_wrap=True)
     for score in summary.scores:
         scores.add_row(Text(clean(score.name)), Text(str(score), "bold"))
-    prompt: RenderableType = Text(clean(summary.prompt).strip() or "(the empty system prompt)")
-    title = Text(f"best system prompt: {clean(summary.best)}", "bold")
-    prompt = Panel(prompt, title=title, title_align="left", border_style="green") if framed else Group(title, prompt)
     work = (
         f"{summary.steps} steps in {duration(summary.seconds)}, {summary.rollouts:,} rollouts, "
         f"{summary.tokens:,} sampled tokens" + (f", {summary.faulted} faulted" if summary.faulted else "")
@@ -299,5 +305,13 @@ def summary_view(summary: Summary, framed: bool) -> RenderableType:
     parts += [curve] if curve.row_count else []
     parts += [Text(), scores] if summary.scores else []
     parts += [Text(clean(note), "dim") for note in summary.notes]
-    parts += [Text(), prompt, Text(), files]
-    return Group(*parts)
+    for chosen in summary.chosen:
+        parts += [Text(), _prompt(chosen, framed)]
+    return Group(*parts, Text(), files)
+
+
+def _prompt(chosen: Chosen, framed: bool) -> RenderableType:
+    text = Text(clean(chosen.text).strip() or "(the empty system prompt)")
+    of = f" of {clean(chosen.env)}" if chosen.env else ""
+    title = Text(f"best system prompt{of}: {clean(chosen.prompt)}", "bold")
+    return Panel(text, title=title, title_align="left", border_style="green") if framed else Group(title, text)

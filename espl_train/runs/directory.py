@@ -146,10 +146,12 @@ class RunDirectory:
         path.write_bytes(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
         return path
 
-    def write_population(self, state: Any) -> None:
-        """The population as it is now, for readers; the checkpoint holds its own copy."""
+    def write_population(self, state: Any, name: str = "") -> None:
+        """The population (of the environment `name`, where there are several) as it is now, for readers; the checkpoint
+        holds its own copy."""
         text = json.dumps(plain(state), ensure_ascii=False, indent=1)
-        checkpoint.write_atomically(self.population / "population.json", text.encode("utf-8", "surrogatepass"))
+        path = self.population / f"{name or 'population'}.json"
+        checkpoint.write_atomically(path, text.encode("utf-8", "surrogatepass"))
 
     def write_text(self, name: str, text: str) -> Path:
         """A small file of the run (`best_prompt.txt`, `crash.txt`)."""
@@ -190,7 +192,7 @@ class RunDirectory:
 
 def default_path(config: Config) -> Path:
     """runs/<env>-<UTC time>; a second run within the same second gets a number."""
-    name = re.sub(r"[^\w.-]+", "-", config.env.id.removeprefix("espl/")).strip("-").lower()
+    name = re.sub(r"[^\w.-]+", "-", config.env_ids.replace("espl/", "")).strip("-").lower()[:80]
     base = Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     return next(p for n in range(1, 1000) if not (p := base.with_name(f"{base.name}-{n}") if n > 1 else base).exists())
 
@@ -246,7 +248,7 @@ def _list_changes(changed: Mapping[str, tuple[Any, Any]], most: int = 5) -> str:
 
 
 def _header(config: Config) -> str:
-    return f"# The whole configuration of this run of espl-train on {config.env.id}, defaults included.\n\n"
+    return f"# The whole configuration of this run of espl-train on {config.env_ids}, defaults included.\n\n"
 
 
 def _record(item: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_train.runs.islands import names, own
 from espl_train.runs.metrics import read_lines
 from espl_train.runs.summary import series, wilson
 
@@ -18,7 +19,7 @@ INK, MUTED, GRID = "#1f2430", "#7a8190", "#e7e9ee"
 ROOT, BEST, MEAN, FAINT = "#7a8190", "#0b7a75", "#c8553d", "#cdd2dc"
 OTHERS = ("#c9952b", "#7464b8")
 RATED = re.compile(r"rating/([^/]+)/mu")
-PLAYED = re.compile(r"reward/(p\d+)")
+PLAYED = re.compile(r"reward/((?:[\w-]+:)?p\d+)")
 
 
 def plot(run: Path, target: Path | None = None) -> Path:
@@ -29,12 +30,22 @@ def plot(run: Path, target: Path | None = None) -> Path:
 
 
 def draw(history: Sequence[Mapping[str, Any]], target: Path, title: str = "") -> None:
-    """Three panels side by side, readable at the width of a README."""
+    """Three panels side by side, readable at the width of a README; with several environments a row for each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.2, 4.3), dpi=150, layout="constrained", facecolor="white")
+    islands = names(history)
+    figure = Figure(figsize=(13.2, 4.3 * len(islands)), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    rows = figure.subfigures(len(islands), 1, squeeze=False)[:, 0] if len(islands) > 1 else [figure]
+    for row, name in zip(rows, islands, strict=True):
+        _panels(row, [own(record, name) for record in history])
+        if title or name:
+            row.suptitle(" · ".join(filter(None, (title, name))), x=0.012, ha="left", fontsize=11, color=MUTED)
+    figure.savefig(target)
+
+
+def _panels(figure: Any, history: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
     best = best_prompt(history)
     _reward(axes[0], history)
@@ -43,9 +54,6 @@ def draw(history: Sequence[Mapping[str, Any]], target: Path, title: str = "") ->
     last = max([float(r["step"]) for r in history if "step" in r], default=1.0)
     for axis in axes:
         _plain(axis, max(last, 1.0))
-    if title:
-        figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=MUTED)
-    figure.savefig(target)
 
 
 def best_prompt(history: Sequence[Mapping[str, Any]]) -> str | None:

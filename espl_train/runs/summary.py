@@ -35,8 +35,18 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """The best system prompt of an environment (`env` is its name, "" where there is one), as the model saw it: model
+    text, to be escaped before it is shown."""
+
+    prompt: str      # its id
+    text: str
+    env: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
-    """The end of a run. `prompt` is the best system prompt as the model saw it (model text: escape before showing)."""
+    """The end of a run. `chosen` has a prompt for each of its environments, in their order."""
 
     run: Path
     steps: int
@@ -44,8 +54,7 @@ class Summary:
     tokens: int
     rollouts: int
     faulted: int
-    best: str
-    prompt: str
+    chosen: tuple[Chosen, ...]
     scores: tuple[Score, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()  # the records of metrics.jsonl
     plot: Path | None = None

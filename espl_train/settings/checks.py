@@ -24,7 +24,7 @@ def check(config: Config) -> None:
     """Raises ConfigError with one sentence per combination that cannot work."""
     problems = [
         *_sampling(config), *_learning(config), *_schedule(config), *_evolution(config), *_reflection(config),
-        *_rest(config),
+        *_rest(config), *_environments(config),
     ]  # fmt: skip
     if problems:
         raise ConfigError("\n".join(problems))
@@ -165,10 +165,22 @@ def _rest(config: Config) -> Iterator[str]:
             yield f"rating.{name} is {getattr(rating, name):g}; it must be at least 0."
     if not 0 <= rating.draw_probability < 1:
         yield f"rating.draw_probability is {rating.draw_probability:g}; it must be at least 0 and below 1."
-    if config.env.test_args and config.env.test_id is None:
-        yield "env.test_args are given without env.test_id: name the environment that they belong to."
-    if config.env.args.get("tools") and config.env.test_id is not None and "tools" not in config.env.test_args:
-        yield (
-            f"{config.env.id} has tools and {config.env.test_id}, the environment of the final test, is given none: "
-            "add --env.test_args.tools, with the same names or, for a test without tools, '[]'."
-        )
+
+
+def _environments(config: Config) -> Iterator[str]:
+    seen: dict[str, str] = {}
+    for name, env in config.environments.items():
+        key = f"envs.{name}" if name else "env"
+        if env.test_args and env.test_id is None:
+            yield f"{key}.test_args are given without {key}.test_id: name the environment that they belong to."
+        if env.args.get("tools") and env.test_id is not None and "tools" not in env.test_args:
+            yield (
+                f"{env.id} has tools and {env.test_id}, the environment of the final test, is given none: "
+                f"add --{key}.test_args.tools, with the same names or, for a test without tools, '[]'."
+            )
+        twin = seen.setdefault(repr((env.id, sorted(env.args.items()), env.holdout_from)), name)
+        if twin != name:
+            yield (
+                f"{env.id} is there twice, as {twin} and as {name}, with the same arguments: name it once, with a "
+                f"weight (--env {env.id}=2), or give the two different arguments."
+            )

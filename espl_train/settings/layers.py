@@ -173,7 +173,7 @@ def _flatten_tree(tree: Mapping[str, Any], prefix: str, out: dict[str, Any], ori
 
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML; `from_toml` reads exactly the same configuration back."""
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in flatten(config).items():
         if value is None and options()[key].default is None:
             continue
