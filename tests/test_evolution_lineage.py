@@ -34,7 +34,7 @@ def bred() -> Population:
     people.rate(batch(4, p0000=[[0, 0], [1, 0]], p0001=[[1, 1], [1, 0]]))
     crossing = setting(crossover_probability=1.0, mutate=False)
     groups = batch(5, p0000=[[1] * 8, [1] * 8, [0] * 8], p0001=[[0] * 8, [0] * 8, [1] * 8])
-    change = {"op": "modify", "id": "A.G2", "text": "Draw, write products.", "evidence": "B.G4 won problem 2"}
+    change = {"op": "modify", "id": "A.G2", "text": "Draw, write products in full.", "evidence": "B.G4 won problem 2"}
     people.add(breed(Scripted(crossover=plan(change)), groups, crossing, people).children, 5)
     return people
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from espl_envs.core.tasks import Task
@@ -17,7 +17,7 @@ from espl_train.evolution.crossover import cross
 from espl_train.evolution.edits import Limits, fingerprints
 from espl_train.evolution.encounters import Encounter, Encounters
 from espl_train.evolution.evidence import Contrast, Evidence, shuffled
-from espl_train.evolution.guards import Guard
+from espl_train.evolution.guards import Canary, Duplicates, Guard
 from espl_train.evolution.immigrant import immigrate
 from espl_train.evolution.mutation import mutate, summarise
 from espl_train.evolution.placebo import placebo
@@ -38,7 +38,8 @@ DIGITS = 6      # of a rating: beyond them two draws differ by rounding only
 class BreedingReport:
     """What a step of breeding brought: children in the order of insertion (mutation last), and why.
 
-    `rejections` counts refused replies, plans and texts by reason; `events` are plain data for the log.
+    `rejections` counts refused replies, plans and texts by reason; `events` are plain data for the log. `retired` are
+    prompts that say and do what an older one says and does: younger → older.
     """
 
     children: tuple[Child, ...]
@@ -46,6 +47,7 @@ class BreedingReport:
     calls: int
     rejections: dict[str, int]
     repaired: int
+    retired: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,9 @@ class Breeder:
         self._pool = templates.placebo() if config.writer == "placebo" else ()
         self._evidence = Evidence(config)
         self._encounters = Encounters(config.evidence_window)
-        self._guard = Guard(config.max_words, special_tokens)
+        self._canary = Canary.of(seed) if config.canary else Canary()
+        self._guard = Guard(config.max_words, special_tokens, self._canary)
+        self._duplicates = Duplicates(config.duplicate_similarity)
         count = (lambda principles: tokens(templates.system(principles))) if tokens else None
         limit = config.max_prompt_tokens
         self._limits = Limits(config.max_words, config.max_principles, self._guard.check, limit, count)
@@ -153,8 +157,9 @@ class Breeder:
         shown = shuffled(groups, self._seed, step) if self._config.evidence == "shuffled" else groups
         self._evidence.record(step, shown, tasks)
         self._encounters.record(step, shown)
+        self._duplicates.observe(m.prompt for m in population.members)
         match, after = population.preview(groups)
-        reflector = Reflector(self._templates, complete, self._seed, step)
+        reflector = Reflector(self._templates, complete, self._seed, step, self._canary.text)
         if not match.values:
             refused = Rejection(Reason.NO_MIXED_PROBLEM, "no problem that all prompts played")
             return self._report(step, None, dict.fromkeys(OPERATORS, refused), {}, reflector, [])
@@ -165,7 +170,8 @@ class Breeder:
         if closed is not None:
             reflector.rejections[closed.reason] += 1
             return self._report(step, best, dict.fromkeys(OPERATORS, closed), {}, reflector, [])
-        others = tuple(m.prompt for m in population.members if m.prompt.id != best.id)
+        active = [m.prompt for m in population.members if m.prompt.id not in population.aside]
+        others = tuple(p for p in active if p.id != best.id)
         taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
         scene = Scene(
             step, self._seed, best, population.root, others, self._evidence.contrasts(step, best.id),
@@ -176,7 +182,8 @@ class Breeder:
             results = await self._results(scene)
         if self._pool:
             results = {o: self._placebo(step, o, population, result) for o, result in results.items()}
-        return self._report(step, best, results, taken, reflector, scene.events)
+        report = self._report(step, best, results, taken, reflector, scene.events)
+        return replace(report, retired=self._retired(active))
 
     async def _results(self, scene: Scene) -> dict[Operator, Child | Rejection]:
         """What every operator brought: a child, or why not. None of them waits for another one's calls."""
@@ -201,14 +208,40 @@ class Breeder:
         random = generator(self._seed, "placebo", step, operator)
         return placebo(result, population[result.parents[0]], self._pool, random)
 
+    def _admitted(self, child: Child | Rejection, siblings: Sequence[Child]) -> Child | Rejection:
+        """The child, or why the guard or its likeness to a known prompt keeps it out."""
+        if isinstance(child, Rejection):
+            return child
+        texts = [p.text for p in child.principles]
+        refused = self._guard.check_prompt(texts, [text for text in texts if text not in self._duplicates.texts])
+        if refused is not None:
+            return refused
+        if self._config.duplicate_similarity < 1:
+            born = {f"the {s.operator} child": [p.text for p in s.principles] for s in siblings}
+            known = self._duplicates.like(texts, born)
+            if known is not None:
+                return Rejection(Reason.DUPLICATE_PROMPT, f"these principles say what those of {known} say")
+        return child
+
+    def _retired(self, prompts: Sequence[SystemPrompt]) -> dict[str, str]:
+        """Who says nearly what an older prompt says, and did as well wherever both played."""
+        if self._config.duplicate_similarity == 1:
+            return {}
+        return self._duplicates.retired(prompts, self._encounters.pairs([p.id for p in prompts]))
+
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"evidence": self._evidence.to_json(), "encounters": self._encounters.to_json()}
+        return {
+            "evidence": self._evidence.to_json(),
+            "encounters": self._encounters.to_json(),
+            "duplicates": self._duplicates.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` wrote down."""
         self._evidence = Evidence.from_json(state["evidence"], self._config)
         self._encounters = Encounters.from_json(state["encounters"], self._config.evidence_window)
+        self._duplicates.restore(state["duplicates"])
 
     def _report(
         self,
@@ -224,7 +257,7 @@ class Breeder:
         for operator, result in results.items():
             event: dict[str, Any] = {"event": operator, "step": step, "parent": best.id if best else None}
             if isinstance(result, Child):
-                result = _novel(result, taken)
+                result = self._admitted(_novel(result, taken), children)
                 if isinstance(result, Rejection):
                     reflector.rejections[result.reason] += 1
             if isinstance(result, Rejection):

@@ -48,6 +48,17 @@ class Encounters:
                 newest.setdefault(found.problem, Encounter(found.step, found.problem, rewards))
         return tuple(newest.values())
 
+    def pairs(self, prompts: Collection[str]) -> dict[tuple[str, str], list[tuple[tuple[float, ...], ...]]]:
+        """The rewards of every two of `prompts` (in their order) wherever they met; one entry per encounter."""
+        order = {prompt: place for place, prompt in enumerate(prompts)}
+        met: dict[tuple[str, str], list[tuple[tuple[float, ...], ...]]] = {}
+        for found in self._found:
+            there = sorted((p for p in found.rewards if p in order), key=lambda p: order[p])
+            for number, younger in enumerate(there):
+                for older in there[:number]:
+                    met.setdefault((older, younger), []).append((found.rewards[older], found.rewards[younger]))
+        return met
+
     def to_json(self) -> list[dict[str, Any]]:
         """Plain data; floats survive `json` exactly."""
         return [{"step": e.step, "problem": e.problem, "rewards": dict(e.rewards)} for e in self._found]

@@ -60,6 +60,9 @@ async def mutate(
         return Rejection(Reason.NO_MIXED_PROBLEM, "no problem has right and wrong attempts")
     cases = [contrast.shown(config.answer_visibility, parent.id) for contrast in contrasts]
     plans = await _criticise(parent, cases, reflector, config, limits, first)
+    copied = next((p for p in plans if isinstance(p, Rejection) and p.reason is Reason.CANARY), None)
+    if copied is not None:
+        return copied       # who copies evidence into one edit is not trusted with the others
     suggestions = pooled([operation for plan in plans if not isinstance(plan, Rejection) for operation in plan])
     if all(isinstance(plan, Rejection) for plan in plans):
         return Rejection(Reason.NO_SUGGESTION, f"none of {len(plans)} critiques could be used")

@@ -44,6 +44,7 @@ class Population:
         self._beliefs = beliefs.start(rating, root.id)
         self._frontier = Frontier(evolution.pareto_window)
         self._born = 1
+        self._aside: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -69,6 +70,20 @@ class Population:
         """The best lower bound among those that have played; the root while nobody has."""
         return self[self.top(1)[0]]
 
+    @property
+    def aside(self) -> Mapping[str, str]:
+        """Who is set aside, and why: living prompts that neither play nor are elite, best or parent."""
+        return dict(self._aside)
+
+    def set_aside(self, prompt: str, why: str) -> None:
+        """Take a living prompt out of the game; it keeps its rating. The root always plays."""
+        if prompt in self and prompt != self.root.id:
+            self._aside[prompt] = why
+
+    def readmit(self, prompt: str) -> None:
+        """Let a prompt that was set aside play again."""
+        self._aside.pop(prompt, None)
+
     def rating(self, prompt: str) -> Rating:
         """The current rating of a living prompt."""
         return self._beliefs.rating(prompt)
@@ -81,12 +96,14 @@ class Population:
         """Whether, once `match` is counted, so many children wait for their first games that none should be born."""
         enough = max(self._evolution.juvenile_games, 1)
         played = match.ranks if len(match.ranks) > 1 else ()
-        young = sum(games + (p in played) < enough for p, games in self._games.items() if p != self.root.id)
+        out = {self.root.id, *self._aside}
+        young = sum(games + (p in played) < enough for p, games in self._games.items() if p not in out)
         return 0 < self._evolution.nursery <= young
 
     def top(self, count: int) -> list[str]:
         """The best `count` ids by lower bound among those that have played, best first, newer before older."""
-        played = [m for m in reversed(self.members) if m.games] or [self.members[0]]
+        active = [m for m in self.members if m.prompt.id not in self._aside]
+        played = [m for m in reversed(active) if m.games] or [active[0]]
         return [m.prompt.id for m in sorted(played, key=lambda m: m.rating.lower(), reverse=True)[:count]]
 
     def best(
@@ -94,8 +111,8 @@ class Population:
     ) -> SystemPrompt:
         """Which prompt is "the" prompt. `scores` are mean validation scores; without any the lower bound decides."""
         if choice == "latest":
-            return self.members[-1].prompt
-        known = {p: s for p, s in (scores or {}).items() if p in self}
+            return [m for m in self.members if m.prompt.id not in self._aside][-1].prompt
+        known = {p: s for p, s in (scores or {}).items() if p in self and p not in self._aside}
         if choice == "lower_bound" or not known:
             return self.elite
         return self[max(known, key=lambda p: (known[p], self.rating(p).lower(), p))]
@@ -104,10 +121,11 @@ class Population:
         """Who plays in `step`: prompt → samples per problem, `places` × `samples` in all."""
         ids = list(self._prompts)
         skills = self._beliefs.draw(ids, generator(self._seed, "skills", step))
-        wins = self._frontier.wins(ids)
+        wins = self._frontier.wins([i for i in ids if i not in self._aside])
         contenders = [
             selection.Contender(i, self.rating(i), self._games[i], skill, wins[i])
             for i, skill in zip(ids, skills.tolist(), strict=True)
+            if i in wins
         ]
         random = generator(self._seed, "select", step)
         chosen = selection.select(contenders, self.root.id, self.elite.id, places, self._evolution, random)
@@ -159,6 +177,7 @@ class Population:
 
     def _drop(self, prompt: str) -> None:
         del self._prompts[prompt], self._games[prompt]
+        self.readmit(prompt)
         self._beliefs = self._beliefs.without(prompt)
 
     def to_json(self) -> dict[str, Any]:
@@ -169,6 +188,7 @@ class Population:
             "beliefs": beliefs.save(self._beliefs, self._rating),
             "frontier": self._frontier.to_json(),
             "lineage": self.lineage.to_json(),
+            "aside": dict(self._aside),
         }
 
     @classmethod
@@ -185,6 +205,7 @@ class Population:
         population._beliefs = beliefs.restore(data.get("beliefs"), known, rating, population.root.id)
         population._frontier = Frontier.from_json(data.get("frontier", ()), evolution.pareto_window)
         population.lineage = Lineage.from_json(data["lineage"])
+        population._aside = dict(data.get("aside", {}))
         return population
 
 

@@ -24,7 +24,7 @@ from espl_train.randomness import derive
 
 T = TypeVar("T")
 QUOTED_TEXT = re.compile(r'"text"\s*:\s*"((?:[^"\\]|\\.){1,800})"')
-BEYOND_REPAIR = (Reason.COMPLETION_FAILED, Reason.DEADLINE, Reason.BUDGET, Reason.EMPTY_REPLY)
+BEYOND_REPAIR = (Reason.COMPLETION_FAILED, Reason.DEADLINE, Reason.BUDGET, Reason.EMPTY_REPLY, Reason.CANARY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,13 @@ class Completer(Protocol):
 
 
 class Reflector:
-    """The calls of one step, with their ledger: `calls`, `rejections` by reason, `repaired`, `events` for the log."""
+    """The calls of one step, with their ledger: `calls`, `rejections` by reason, `repaired`, `events` for the log.
 
-    def __init__(self, templates: TemplateSet, complete: Completer, seed: int, step: int) -> None:
-        self.templates = templates
+    `canary` is printed into the evidence where the templates want that; who copies it copies evidence.
+    """
+
+    def __init__(self, templates: TemplateSet, complete: Completer, seed: int, step: int, canary: str = "") -> None:
+        self.templates, self._canary = templates, canary
         self.calls = 0
         self.repaired = 0
         self.rejections: Counter[Reason] = Counter()
@@ -136,7 +139,7 @@ class Reflector:
         self, stage: Stage, index: int, values: Mapping[str, Any], repairs: str = ""
     ) -> tuple[Message, ...]:
         nonce = f"{derive(self._seed, self._step, 'nonce', stage, index, repairs):016x}"
-        return self.templates.messages(stage, {**values, "nonce": nonce})
+        return self.templates.messages(stage, {**values, "nonce": nonce, "canary": self._canary})
 
     async def _ask(
         self, stage: Stage, index: int, messages: Sequence[Message], repairs: str = ""

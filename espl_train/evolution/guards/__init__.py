@@ -1,6 +1,7 @@
 """What may become a principle, and which prompts may play: `Guard` judges texts, the modules beside it do one part each."""
 
 from espl_train.evolution.guards.canary import Canary
+from espl_train.evolution.guards.duplicates import Duplicates
 from espl_train.evolution.guards.guard import Guard
 
-__all__ = ["Canary", "Guard"]
+__all__ = ["Canary", "Duplicates", "Guard"]

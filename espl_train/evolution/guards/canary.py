@@ -1,8 +1,8 @@
 """The canary: words that exist nowhere but in what reflection reads. A principle that holds them was copied from there.
 
-Evidence is read to be understood, not to be quoted. Template sets that mention `canary` (`canary = true` in their
-`set.toml`) print it into every recorded attempt and beside every reference answer; whoever copies a passage copies it
-too, or at least shows that such copies happen.
+Evidence is read to be understood, not to be quoted. Template sets that print `canary` put it behind every recorded
+attempt and every reference answer; whoever copies a passage copies it too, or at least shows that such copies happen.
+A set that never mentions it (micro) has none.
 """
 
 from __future__ import annotations
