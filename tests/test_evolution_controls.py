@@ -15,7 +15,7 @@ from evolution_cases import ADD, Scripted, batch, breed, plan, setting, tasks, t
 from espl_envs.core.errors import EsplError
 from espl_envs.tasks.conventions import RULES, SYMBOLS
 from espl_train.config import RatingConfig
-from espl_train.evolution import breeding
+from espl_train.evolution import operators
 from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.edits import fingerprint
 from espl_train.evolution.encounters import Encounter
@@ -80,7 +80,7 @@ def test_reflection_and_crossover_see_the_shuffled_rewards_and_ratings_the_real_
         crossed.append({p: {e.problem: e.rewards[p] for e in encounters} for p in ("p0000", "p0001")})
         return Rejection(Reason.NO_CONTRAST)
 
-    monkeypatch.setattr(breeding, "cross", cross)
+    monkeypatch.setattr(operators, "cross", cross)
     asked = {}
     for evidence in ("real", "shuffled"):
         config = setting(evidence=evidence, crossover_probability=1.0, attempts=16)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espl_train.config import RatingConfig
-from espl_train.evolution import breeding, prune
+from espl_train.evolution import operators, prune
 from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.edits import Limits, Operation
 from espl_train.evolution.mutation import candidates, fitted
@@ -112,13 +112,13 @@ def test_principles_that_are_all_needed_stay(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(prune, "DECISIVE", 1e9)       # whatever was least useful goes
     assert kept(one_of_eight_problems_each) == 0 and safe > 0.6
     monkeypatch.undo()
-    assert kept(lambda texts: 0.5) < 0.4, "useless ones mostly go"
+    assert kept(lambda _: 0.5) < 0.4, "useless ones mostly go"
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 12), st.integers(0, 200), st.integers(1, 100))
 def test_no_more_is_played_than_a_batch(principles: int, budget: int, problems: int) -> None:
-    players = Players(lambda texts: 0.5)
+    players = Players(lambda _: 0.5)
     listed = tuple(Principle(f"G{i}", f"Rule {i}.") for i in range(principles))
     best, random = SystemPrompt("p1", listed, last_id=20), np.random.default_rng(0)
     result = asyncio.run(prune.prune(best, (), range(problems), budget, players, random, []))
@@ -131,7 +131,7 @@ def test_no_more_is_played_than_a_batch(principles: int, budget: int, problems: 
 
 def test_pruning_says_why_it_brings_nothing() -> None:
     assert outcome(pruned(harmful, THREE[:1])[0], "prune") == "too_few_principles"
-    assert outcome(pruned(lambda texts: 0.0)[0], "prune") == "no_contrast"
+    assert outcome(pruned(lambda _: 0.0)[0], "prune") == "no_contrast"
     assert outcome(breed(Scripted(), MIXED, PRUNING), "prune") == "no_trial"
 
     async def broken(candidates: Mapping[str, Any], problems: Sequence[int], samples: int) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def test_pruning_says_why_it_brings_nothing() -> None:
 
 
 def test_a_variant_that_is_a_prompt_already_is_not_played() -> None:
-    people, players = Population(PRUNING, RatingConfig(), 1), Players(lambda texts: 0.5)
+    people, players = Population(PRUNING, RatingConfig(), 1), Players(lambda _: 0.5)
     people.add([Child((Principle("G2", "Draw."),), "mutation", ("p0000",), 2)], 0)
     breeder = Breeder(PRUNING, ENGLISH, 1)
     for _ in range(3):
@@ -224,7 +224,7 @@ def test_operators_are_drawn_apart_and_off_by_default() -> None:
 def test_an_operator_that_brings_nothing_stops_no_other() -> None:
     config = setting(prune_probability=1.0, immigrant_probability=1.0, crossover_probability=1.0)
     report = breed(Scripted(critique=plan(ADD)), MIXED, config)
-    outcomes = [(e["event"], e["outcome"]) for e in report.events if e["event"] in breeding.OPERATORS]
+    outcomes = [(e["event"], e["outcome"]) for e in report.events if e["event"] in operators.OPERATORS]
     assert outcomes == [
         ("immigrant", "no_rival"), ("prune", "no_trial"), ("crossover", "no_rival"), ("mutation", "child")
     ]  # fmt: skip

@@ -7,23 +7,22 @@ the first call goes out, so a breeding may run while the weights learn and the r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from espl_envs.core.tasks import Task
 from espl_train.config import EvolutionConfig
-from espl_train.evolution.crossover import cross
 from espl_train.evolution.edits import Limits, fingerprints
-from espl_train.evolution.encounters import Encounter, Encounters
-from espl_train.evolution.evidence import Contrast, Evidence, shuffled
+from espl_train.evolution.encounters import Encounters
+from espl_train.evolution.evidence import Evidence, shuffled
 from espl_train.evolution.guards import Canary, Duplicates, Guard
-from espl_train.evolution.immigrant import immigrate
-from espl_train.evolution.mutation import mutate, summarise
+from espl_train.evolution.mutation import summarise
+from espl_train.evolution.operators import OPERATORS, Scene
 from espl_train.evolution.placebo import placebo
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Operator, Rating, SystemPrompt
-from espl_train.evolution.prune import Trial, prune
+from espl_train.evolution.prune import Trial
 from espl_train.evolution.ratings import Match
 from espl_train.evolution.reflection import Completer, Reflector, purpose
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
@@ -48,68 +47,6 @@ class BreedingReport:
     rejections: dict[str, int]
     repaired: int
     retired: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What an operator sees of a step. Population and ratings are as they were before the batch was counted."""
-
-    step: int
-    seed: int
-    best: SystemPrompt                          # once the batch is counted
-    root: SystemPrompt
-    others: tuple[SystemPrompt, ...]            # everybody alive but the best
-    contrasts: Sequence[Contrast]
-    encounters: Sequence[Encounter]             # where the best one met the others
-    tasks: Mapping[int, Task]
-    rollouts: int                               # of the batch
-    taken: Mapping[frozenset[str], str]         # fingerprints of everybody alive
-    config: EvolutionConfig
-    limits: Limits
-    reflector: Reflector
-    trial: Trial | None
-    events: list[dict[str, Any]]                # an operator's own, for the log
-
-
-async def _immigrate(scene: Scene) -> Child | Rejection:
-    if scene.config.mutate and scene.best.id == scene.root.id:
-        return Rejection(Reason.NO_RIVAL, "the root itself is the best prompt: its mutation child would be the same")
-    return await immigrate(scene.root, scene.contrasts, scene.reflector, scene.config, scene.limits)
-
-
-async def _prune(scene: Scene) -> Child | Rejection:
-    if scene.trial is None:
-        return Rejection(Reason.NO_TRIAL, "there is nobody who plays trials")
-    random = generator(scene.seed, "prune", "problems", scene.step)
-    problems = sorted(scene.tasks)
-    return await prune(scene.best, scene.taken, problems, scene.rollouts, scene.trial, random, scene.events)
-
-
-async def _cross(scene: Scene) -> Child | Rejection:
-    reflector, config, limits = scene.reflector, scene.config, scene.limits
-    return await cross(scene.best, scene.others, scene.encounters, scene.tasks, reflector, config, limits)
-
-
-async def _mutate(scene: Scene) -> Child | Rejection:
-    return await mutate(scene.best, scene.contrasts, scene.reflector, scene.config, scene.limits)
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A way to a child: how likely it is in an iteration, and whether it reads attempts, which are summarised first."""
-
-    chance: Callable[[EvolutionConfig], float]
-    breed: Callable[[Scene], Awaitable[Child | Rejection]]
-    reads: bool = False
-
-
-# In the order of insertion: the last one is the newest of the population, who is sure to play.
-OPERATORS: dict[Operator, Way] = {
-    "immigrant": Way(lambda config: config.immigrant_probability, _immigrate, reads=True),
-    "prune": Way(lambda config: config.prune_probability, _prune),
-    "crossover": Way(lambda config: config.crossover_probability, _cross),
-    "mutation": Way(lambda config: float(config.mutate), _mutate, reads=True),
-}
 
 
 class Breeder:

@@ -17,7 +17,7 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 OURS = frozenset(("messages", "model", "temperature", "max_tokens", "max_completion_tokens", "seed", "n", "stream"))
 
-RESIDENTS = 4      # root, elite, and the two children of a step: none of them may be dropped at once
+RESIDENTS = 4      # root, elite, mutation and crossover child of a step: none of them may be dropped at once
 
 
 def check(config: Config) -> None:
@@ -109,14 +109,15 @@ def _evolution(config: Config) -> Iterator[str]:
     if config.mode == "rl":
         return
     evolution, prompts = config.evolution, config.rollout.prompts
-    if not evolution.mutate and evolution.crossover_probability == 0 and config.mode == "evolution":
+    rare = (evolution.prune_probability > 0) + (evolution.immigrant_probability > 0)
+    if not evolution.mutate and evolution.crossover_probability == 0 and not rare and config.mode == "evolution":
         yield "mode is evolution, but mutation and crossover are both off: nothing would ever change."
     if evolution.writer == "placebo" and evolution.evidence == "shuffled":
         yield "evolution.writer is placebo, which reads no evidence: leave evolution.evidence = 'shuffled' out."
-    if evolution.capacity < (least := max(prompts, RESIDENTS)):
+    if evolution.capacity < (least := max(prompts, RESIDENTS + rare)):
         yield (
             f"evolution.capacity is {evolution.capacity}, but the population needs room for {least}: the root, the "
-            f"elite, two newborn children, and the {prompts} prompts of one step."
+            f"elite, {2 + rare} newborn children, and the {prompts} prompts of one step."
         )
     if (count := len(evolution.root)) > evolution.max_principles:
         yield f"evolution.root has {count} principles, evolution.max_principles is {evolution.max_principles}."
