@@ -31,6 +31,7 @@ from espl_train.records import Group, Rollout, RolloutKey, grouped
 from espl_train.reflecting.client import Client
 from espl_train.rollout import Collector, Job, Progress
 from espl_train.sandboxes import Boxes, wanted
+from espl_train.trials import Trials
 
 
 class Island:
@@ -51,6 +52,7 @@ class Island:
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
         self.lengths = Lengths()
         self.chosen: str | None = None      # who plays alone, while only weights learn
+        self._others: list[tuple[Problems, Collector]] = []
         limits = boxes.limited(config.rollout, config.shares[name], wanted(p.env for p in sets) is not None)
         self.collectors = {
             problems.part: Collector(problems.make, chat, engine, limits, self.seed) for problems in sets
@@ -68,6 +70,22 @@ class Island:
             return {self.chosen: rollout.prompts * rollout.samples}
         return self.population.select(step, rollout.prompts, rollout.samples)
 
+    def collector(self, problems: Problems) -> Collector:
+        """Who plays `problems`, those of the run or others; the same one every time."""
+        if self.sets[problems.part] is problems:
+            return self.collectors[problems.part]
+        known = next((collector for other, collector in self._others if other is problems), None)
+        if known is None:
+            like = self.collectors["train"]
+            known = Collector(problems.make, like.chat, like.engine, like.config, like.seed)
+            self._others.append((problems, known))
+        return known
+
+    def trials(self, step: int, policy: int, earlier: Sequence[Rollout]) -> Trials:
+        """Where prompts that are in no population yet are played in `step`, after the rollouts `earlier`."""
+        expected = self.lengths.expected
+        return Trials(step, policy, self.sets.train, self.templates, self.collector, expected, earlier)
+
     def text(self, prompt: str) -> str:
         """A system prompt as the model sees it: in training, in evaluation and in every export."""
         return self.templates.system(self.population[prompt].principles)
@@ -77,14 +95,14 @@ class Island:
         players = dict.fromkeys(prompts, self.config.evaluation.samples)
         return Round(self, self.sets[part], players, self.sets[part].sample(self.seed, most))
 
-    async def breed(self, step: int, groups: Sequence[Group], client: Client) -> BreedingReport | None:
+    async def breed(self, step: int, groups: Sequence[Group], client: Client, trials: Trials) -> BreedingReport | None:
         """Children of those that played `groups`; the population is only read. None where nobody played."""
         if not groups:
             return None
         tasks = self.sets.train.tasks
         with purpose(island=self.name):
             return await self.breeder.breed(
-                step, self.population, groups, tasks, client.complete, closed=client.closed()
+                step, self.population, groups, tasks, client.complete, trials, client.closed()
             )
 
     def settle(
@@ -129,7 +147,7 @@ class Island:
 
     def close(self) -> None:
         """Close all environments. Again is fine."""
-        for collector in self.collectors.values():
+        for collector in (*self.collectors.values(), *(collector for _, collector in self._others)):
             collector.close()
 
 
@@ -159,7 +177,7 @@ class Round:
 
     async def play(self, step: int, policy: int | None, temperature: float, progress: Progress) -> list[Rollout]:
         """All episodes at once, the long ones first."""
-        collector = self.island.collectors[self.problems.part]
+        collector = self.island.collector(self.problems)
         return await collector.acollect(self.jobs(step), policy, temperature, progress, earlier=self.earlier)
 
 
@@ -201,6 +219,7 @@ class Batch:
     size: int
     groups: list[Group] = field(default_factory=list)
     rounds: int = 0
+    trials: Trials | None = None      # of the prompts that are bred from it
 
     def __post_init__(self) -> None:
         self._indices = self.island.deck.batch(self.size)
@@ -226,15 +245,21 @@ class Batch:
         again = self.rounds <= island.config.rollout.dynamic_rounds
         self._indices = island.deck.more(self.size - len(self._mixed())) if again else []
 
+    async def breed(self, step: int, policy: int, client: Client) -> BreedingReport | None:
+        """Children of its players; `policy` is the version of the weights that played."""
+        self.trials = self.island.trials(step, policy, self._played)
+        return await self.island.breed(step, self.groups, client, self.trials)
+
     def metrics(self) -> dict[str, float]:
-        """How the groups came about: rounds, where there may be several, and what shaping did."""
+        """How the groups came about (rounds, where there may be several; what shaping did), and what trials cost."""
         counts = {
             "dynamic/rounds": self.rounds,
             "dynamic/problems": len({group.task for group in self.groups}),
             "dynamic/contrast": len(self._mixed()),
         }
         rare = counts if self.island.config.rollout.dynamic_rounds else {}
-        return {**rare, **self.island.shaping.metrics(self._played)}
+        tried = self.trials.metrics() if self.trials else {}
+        return {**rare, **self.island.shaping.metrics(self._played), **tried}
 
     def _mixed(self) -> set[int]:
         return {group.task for group in self.groups if group.contrast}

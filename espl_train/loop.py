@@ -192,7 +192,7 @@ class Trainer:
 
     async def _breed(self, batches: Sequence[Batch]) -> Sequence[BreedingReport | None]:
         with self.phases("reflection") as spent:
-            bred = await together(batch.island.breed(self.step, batch.groups, self.client) for batch in batches)
+            bred = await together(batch.breed(self.step, self.policy.version, self.client) for batch in batches)
             self.client.end()
             spent.tokens += self.client.spent.completion_tokens
             return bred
