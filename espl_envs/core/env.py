@@ -48,7 +48,7 @@ from espl_envs.core.messages import Conversation, Message, ToolCall, ToolSpec
 from espl_envs.core.protocol import MalformedCall, Placement, opening, protocol_text, read_calls
 from espl_envs.core.shuffle import Shuffle
 from espl_envs.core.spaces import ChatSpace, ReplySpace
-from espl_envs.core.tasks import Split, Task, TaskSource
+from espl_envs.core.tasks import Split, Task, TaskSource, twins_of
 from espl_envs.grading.verdict import Verdict
 from espl_envs.tools.base import Tool, ToolContext, ToolResult, use_tool
 
@@ -70,6 +70,8 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
     Arguments
         split: where episodes come from; by default the first of train, validation, test that the family has, so that
             nobody trains on a test set by accident.
+        twins: 0 for the tasks themselves; k for the k-th twin of each, a task of the same kind with other numbers, where
+            the family makes such (generated ones do). Whoever learnt the tasks by heart does worse on their twins.
         system_prompt: default of the system-prompt slot; an empty one makes no system message.
         protocol: where answer format and tool syntax go: "system" (after the system prompt), "user" (after the
             question) or "none".
@@ -89,6 +91,7 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         family: Family,
         *,
         split: Split | None = None,
+        twins: int = 0,
         system_prompt: str = "",
         protocol: Placement = "system",
         tool_syntax: Literal["text", "native"] = "text",
@@ -106,8 +109,9 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         _expect("tool_syntax", tool_syntax, ("text", "native"))
         _expect("on_fault", on_fault, ("raise", "mask"))
         _expect("render_mode", render_mode, (None, *self.metadata["render_modes"]))
+        self.twins = twins
         self.system_prompt = system_prompt
-        for name, limit, least in (("max_turns", max_turns, 1), ("max_tool_calls", max_tool_calls, 0)):
+        for name, limit, least in (("max_turns", max_turns, 1), ("max_tool_calls", max_tool_calls, 0), ("twins", twins, 0)):
             if limit is not None and limit < least:
                 raise EsplError(f"{name} is {limit}, expected at least {least}")
         if deadline is not None and not deadline > 0:
@@ -135,7 +139,7 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
     def tasks(self) -> TaskSource:
         """The tasks of the chosen split; loaded when first touched. Raises MissingData where they cannot be found."""
         if self._tasks is None:
-            self._tasks = self.family.sources[self.split]()
+            self._tasks = twins_of(self.family.sources[self.split](), self.twins)
             if not len(self._tasks):
                 raise EsplError(f"the split {self.split!r} of {type(self).__name__} has no tasks")
         return self._tasks

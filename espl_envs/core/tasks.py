@@ -10,7 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from espl_envs.core.errors import EsplError
 
 Split = Literal["train", "validation", "test"]
 
@@ -50,6 +52,27 @@ class TaskSource(Protocol):
     def hash(self) -> str:
         """Content hash of all rows (16 hex digits), recorded in every result."""
         ...
+
+
+@runtime_checkable
+class Twinned(Protocol):
+    """A `TaskSource` that can write every task anew."""
+
+    def twins(self, key: int) -> TaskSource:
+        """As many tasks, at every index one of the same kind and difficulty as here, with other content (other numbers).
+
+        `key` > 0: different keys give different twins. They belong to the same split: none is a task of another one.
+        """
+        ...
+
+
+def twins_of(source: TaskSource, key: int) -> TaskSource:
+    """The `key`-th twins of a source; the source itself for 0. Raises EsplError where it makes none."""
+    if key == 0:
+        return source
+    if not isinstance(source, Twinned):
+        raise EsplError("these tasks are a fixed list, there are no twins of them: leave out `twins`")
+    return source.twins(key)
 
 
 class StaticTasks:

@@ -29,6 +29,7 @@ SPLITS: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
 SIZES: dict[Split, int] = {"train": 2000, "validation": 500, "test": 1000}
 OPERATORS = 8
 LARGEST = 10**6
+Chain = tuple[int, list[tuple[str, int]]]      # the start value, and operators with their operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +98,18 @@ def solve(start: int, steps: list[tuple[str, int]], rules: Mapping[str, str]) ->
 
 
 class ConventionTasks:
-    """The tasks of one split of one world: a pure function of (world, split, index) and the two dials."""
+    """The tasks of one split of one world: a pure function of (world, split, index) and the two dials.
 
-    def __init__(self, world: int, split: Split, declarative: float, procedural: float) -> None:
-        self.world = world
+    The `twin` of a task has the same operators in the same order over other numbers.
+    """
+
+    def __init__(self, world: int, split: Split, declarative: float, procedural: float, twin: int = 0) -> None:
+        self.world, self.declarative, self.twin = world, declarative, twin
         self.split = split
         self.rules = world_rules(world, declarative)
         self.procedural = procedural
-        dials = json.dumps([world, split, procedural, sorted(self.rules.items()), SIZES[split]], ensure_ascii=False)
+        extra = [twin] if twin else []
+        dials = json.dumps([world, split, procedural, sorted(self.rules.items()), SIZES[split], *extra], ensure_ascii=False)
         self.hash = hashlib.sha256(dials.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -114,16 +119,38 @@ class ConventionTasks:
         """The task at `index`; IndexError outside `range(len(self))`."""
         if not 0 <= index < len(self):
             raise IndexError(f"task {index} is outside 0..{len(self) - 1}")
-        random = np.random.default_rng(np.random.SeedSequence([FAMILY, self.world, SPLITS[self.split], index]))
+        start, steps = self._drawn(index)
+        name = f"w{self.world}-{self.split}-{index}"
+        if self.twin:
+            start, steps = self._drawn(index, (start, steps))
+            name += f"-twin-{self.twin}"
+        answer = solve(start, steps, self.rules)[-1]
+        data = {"start": start, "steps": [list(step) for step in steps], "rules": {s: self.rules[s] for s, _ in steps}}
+        return Task(name, self.split, question(start, steps), str(answer), data)
+
+    def twins(self, key: int) -> ConventionTasks:
+        """The same chains over other numbers."""
+        return ConventionTasks(self.world, self.split, self.declarative, self.procedural, key)
+
+    def _drawn(self, index: int, original: Chain | None = None) -> Chain:
+        """The chain of an index; with an `original` its twin."""
+        key = [FAMILY, self.world, SPLITS[self.split], index, *([self.twin] if original else [])]
+        random = np.random.default_rng(np.random.SeedSequence(key))
         while True:
             start, steps = self._draw(random)
+            if original is not None:
+                start, steps = self._renumbered(original[1], random)
             values = solve(start, steps, self.rules)
-            if max(map(abs, values)) < LARGEST and _telling(start, steps, self.rules, values):
-                break
-        data = {"start": start, "steps": [list(step) for step in steps], "rules": {s: self.rules[s] for s, _ in steps}}
-        return Task(f"w{self.world}-{self.split}-{index}", self.split, question(start, steps), str(values[-1]), data)
+            fits = max(map(abs, values)) < LARGEST and _telling(start, steps, self.rules, values)
+            if fits and (start, steps) != original:
+                return start, steps
 
-    def _draw(self, random: np.random.Generator) -> tuple[int, list[tuple[str, int]]]:
+    def _renumbered(self, steps: list[tuple[str, int]], random: np.random.Generator) -> Chain:
+        """The same operators with numbers of their own."""
+        numbers = [int(n) for n in random.integers(*workload(self.split, self.procedural)[1], size=len(steps) + 1)]
+        return numbers[0], [(symbol, number) for (symbol, _), number in zip(steps, numbers[1:], strict=True)]
+
+    def _draw(self, random: np.random.Generator) -> Chain:
         """A start value and steps, as long and as large as the procedural dial says."""
         lengths, largest = workload(self.split, self.procedural)
         length = int(random.choice(lengths))

@@ -56,14 +56,18 @@ class DrawnTasks:
     """
 
     def __init__(
-        self, family: str, split: Split, draw: Callable[[int], Draft | None], dials: Any = None, *, slow: bool = False
+        self, family: str, split: Split, draw: Callable[[int], Draft | None], dials: Any = None, *, slow: bool = False,
+        twin: int = 0,
     ) -> None:
         self.slow = slow
+        self._dials, self._twin = dials, twin
         self._family = family
         self._split = split
         self._draw = draw
         self._made = lru_cache(maxsize=256)(self._make)
-        content = json.dumps([family, split, SIZES[split], dials], sort_keys=True, ensure_ascii=False)
+        content = json.dumps(
+            [family, split, SIZES[split], dials, *([twin] if twin else [])], sort_keys=True, ensure_ascii=False
+        )
         self.hash = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -75,11 +79,22 @@ class DrawnTasks:
             raise IndexError(f"task {index} is outside 0..{len(self) - 1}")
         return self._made(index)
 
+    def twins(self, key: int) -> DrawnTasks:
+        """Draws of the same family and split from other seeds."""
+        return DrawnTasks(self._family, self._split, self._draw, self._dials, slow=self.slow, twin=key)
+
     def _make(self, index: int) -> Task:
+        name = f"{self._family}-{self._split}-{index}"
+        if not self._twin:
+            return self._drawn(index).task(name, self._split)
+        original = self._drawn(index).key
+        return self._drawn(index, self._twin, other_than=original).task(f"{name}-twin-{self._twin}", self._split)
+
+    def _drawn(self, index: int, *twin: int, other_than: str = "") -> Draft:
         for attempt in range(ATTEMPTS):
-            draft = self._draw(seed_of(self._family, SPLITS[self._split], index, attempt))
-            if draft is not None and split_of(draft.key) == self._split:
-                return draft.task(f"{self._family}-{self._split}-{index}", self._split)
+            draft = self._draw(seed_of(self._family, SPLITS[self._split], index, attempt, *twin))
+            if draft is not None and split_of(draft.key) == self._split and draft.key != other_than:
+                return draft
         raise EsplError(f"{ATTEMPTS} draws of {self._family} gave no task for the split {self._split!r}")
 
 
