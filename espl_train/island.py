@@ -17,6 +17,7 @@ from espl_train.chat import Chat, count_tokens
 from espl_train.config import Config
 from espl_train.engines.base import Engine
 from espl_train.evolution.breeding import Breeder, BreedingReport
+from espl_train.evolution.guards.quarantine import Quarantine
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import SystemPrompt
 from espl_train.evolution.reflection import purpose
@@ -51,6 +52,7 @@ class Island:
         )  # fmt: skip
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
         self.lengths = Lengths()
+        self.quarantine = Quarantine(config.evolution.twin_margin)
         self.chosen: str | None = None      # who plays alone, while only weights learn
         self._others: list[tuple[Problems, Collector]] = []
         limits = boxes.limited(config.rollout, config.shares[name], wanted(p.env for p in sets) is not None)
@@ -110,8 +112,15 @@ class Island:
     ) -> tuple[Mapping[str, Any] | None, tuple[SystemPrompt, ...]]:
         """Where prompts breed, rate who played, then take in the children: what the match came to, and who was born."""
         if bred is None:
-            return None, ()
-        return self.population.rate(groups), self.population.add(bred.children, step)
+            return None, self.admitted
+        match, children = self.population.rate(groups), bred.children
+        for younger, older in bred.retired.items():
+            self.population.set_aside(younger, f"says and does what {older} says and does")
+        if self.queue is not None:
+            shown = partial(evidence, groups, question=lambda task: self.sets.train.tasks[task].question)
+            self.reviewed += self.queue.put(children, step, self.population, shown)
+            children = ()
+        return match, (*self.admitted, *self.population.add(children, step))
 
     def candidates(self, most: int) -> list[str]:
         """The root prompt, and the chosen one or the `most` best rated."""
@@ -145,6 +154,8 @@ class Island:
         self.lengths = Lengths.from_json(state["lengths"])
         self.chosen = state["chosen"]
 
+            "quarantine": self.quarantine.state(),
+            "queue": self.queue.state() if self.queue else None,
     def close(self) -> None:
         """Close all environments. Again is fine."""
         for collector in (*self.collectors.values(), *(collector for _, collector in self._others)):
@@ -152,6 +163,7 @@ class Island:
 
 
 @dataclass(frozen=True)
+        self.quarantine.restore(state["quarantine"])
 class Round:
     """Every player (prompt → samples per problem) on every problem of one island, `earlier` ones of the same iteration
     aside."""

@@ -38,6 +38,8 @@ from espl_train.runs.summary import Chosen, Summary
 from espl_train.sandboxes import Boxes, equipped
 
 PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
+from espl_train.snapshot import Snapshot
+from espl_train.twins import examine
 
 
 class Trainer:
@@ -225,9 +227,30 @@ class Trainer:
     def _validate(self, final: bool) -> dict[str, dict[str, float]]:
         """By island: the root and the best rated; at the end all that may be chosen."""
         evaluation = self.config.evaluation
-        prompts = {i.name: i.candidates(evaluation.prompts if final else 1) for i in self.islands}
+        most = evaluation.prompts if final else 1
+        examined = {i.name: self._examine(i, most) for i in self.islands}
+        prompts = {i.name: i.candidates(most) for i in self.islands}
         found = self.evaluate("validation", prompts, evaluation.problems, "validation")
-        return {i.name: metrics(found[i.name], i.population.root.id, i.leader) for i in self.islands}
+        scores = {i.name: metrics(found[i.name], i.population.root.id, i.leader) for i in self.islands}
+        return {name: {**record, **examined[name]} for name, record in scores.items()}
+
+    def _examine(self, island: Island, most: int) -> dict[str, float]:
+        """Set aside whoever would be among the best for what it has learnt by heart (`evolution.twin_problems`); what
+        that cost."""
+        if not self.config.evolution.twin_problems or island.chosen:
+            return {}
+        trials = island.trials(self.step, self.policy.version, ())
+        with self.phases("sync"):
+            self.engine.load_policy(self.policy.version)
+        with self._phase("validation", "twins") as spent:
+            while checks := background.run_through(examine(island, self.step, island.candidates(most), trials)):
+                for check in checks:
+                    where = {"env": island.name} if island.name else {}
+                    self.run.log.event(self.step, "twins", **check.facts(), **where)
+                    if note := check.note():
+                        self.console.warn(note)
+            spent.tokens += trials.tokens
+        return {f"twins/{name.partition('/')[2]}": count for name, count in trials.metrics().items()}
 
     def _begin(self) -> None:
         """Where the run starts from: the root prompts on the base weights."""

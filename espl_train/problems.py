@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import floor
@@ -19,7 +19,7 @@ import gymnasium
 import espl_envs
 from espl_envs.core.env import TextEnv
 from espl_envs.core.errors import EsplError
-from espl_envs.core.tasks import Task
+from espl_envs.core.tasks import Task, Twinned
 from espl_train.config import EnvConfig
 from espl_train.randomness import generator
 
@@ -63,6 +63,14 @@ class Problems:
     def sample(self, seed: int, size: int) -> list[int]:
         """A fixed subset of at most `size` indices, the same in the whole run, in ascending order."""
         if size >= len(self):
+    @cached_property
+    def twins(self) -> Problems | None:
+        """The same indices with a task of the same kind and other numbers at each; None where nobody makes such."""
+        if not isinstance(self.env.tasks, Twinned):
+            return None
+        args = {**self.args, "twins": self.args.get("twins", 0) + 1}
+        return replace(self, args=args, env=_open(self.env_id, args, self.split))
+
             return [int(i) for i in self.indices]
         chosen = generator(seed, "subset", self.part).choice(len(self), size=size, replace=False)
         return sorted(int(self.indices[int(i)]) for i in chosen)
@@ -98,6 +106,11 @@ class Deck:
         self.dealt += len(found)
         return found
 
+
+    def untouched(self, most: int) -> list[int]:
+        """Up to `most` problems that have never been dealt, the last ones of the first epoch; none after it."""
+        order = [] if self.epoch else self.problems.order(self.seed, 0)[self.dealt :]
+        return order[::-1][:most]
 
 @dataclass(frozen=True)
 class ProblemSets:

@@ -104,10 +104,19 @@ class IslandReport:
         for event in self.bred.events if self.bred else ():
             yield event["event"], {key: value for key, value in event.items() if key not in ("event", "step")}
         for child in self.born:
+        for younger, older in self.bred.retired.items() if self.bred else ():
+            yield "retired", {"prompt": younger, "like": older}
             yield "born", {**asdict(child), "rating": asdict(population.rating(child.id))}
 
     def notes(self, population: Population) -> Iterator[str]:
-        """What a person should hear of it: who was born, and with what."""
+        """What a person should hear of it: who was born, and with what; who copied; who retired."""
+        if self.bred is not None and (copies := self.bred.rejections.get("canary")):
+            yield (
+                f"WARNING: the reflector copies its evidence: planted words came back in {copies} "
+                f"repl{'y' if copies == 1 else 'ies'}, the child was refused"
+            )
+        for younger, older in self.bred.retired.items() if self.bred else ():
+            yield f"{younger} retires: it says and does what {older} says and does"
         for child in self.born:
             before = {text for parent in child.parents if parent in population for text in population[parent].texts}
             new = [text for text in child.texts if text not in before]

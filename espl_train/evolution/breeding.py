@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from espl_envs.core.tasks import Task
@@ -73,6 +73,8 @@ class Breeder:
         count = (lambda principles: tokens(templates.system(principles))) if tokens else None
         limit = config.max_prompt_tokens
         self._limits = Limits(config.max_words, config.max_principles, self._guard.check, limit, count)
+        self._shown: dict[int, list[int]] = {}      # step → problems that reflection looked at
+        self.harbour = Harbour()            # what is known of principles that win on other islands
 
     async def breed(
         self,
@@ -118,6 +120,7 @@ class Breeder:
         with purpose(prompt=best.id):
             results = await self._results(scene)
         if self._pool:
+        self._shown[step] = [contrast.task for contrast in scene.contrasts]
             results = {o: self._placebo(step, o, population, result) for o, result in results.items()}
         report = self._report(step, best, results, taken, reflector, scene.events)
         return replace(report, retired=self._retired(active))
@@ -210,12 +213,33 @@ class Breeder:
         events = [{"step": step, **event} for event in (*calls, *noted)] + outcomes
         return BreedingReport(tuple(children), events, reflector.calls, counts, reflector.repaired)
 
+    @property
+    def guard(self) -> Guard:
+        """What judges every new text."""
+        return self._guard
+
+    def examine(self, child: Child, population: Population, tasks: Mapping[int, Task]) -> Rejection | None:
+        """Why a child that a person let in, perhaps with words of their own, must stay outside: the same guards hold."""
+        self._guard.learn(tasks)
+        known = {text for member in population.members for text in member.prompt.texts}
+        new = [p.text for p in child.principles if p.text not in known]
+        refused = next((r for text in new if (r := refused_text(text, self._limits)) is not None), None)
+        taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
+        found = refused or refused_list(child.principles, self._limits) or self._admitted(_novel(child, taken), ())
+        return found if isinstance(found, Rejection) else None
+
+    def shown(self, steps: Sequence[int]) -> list[int]:
+        """The problems that reflection looked at in these steps, each once, in their order."""
+        return list(dict.fromkeys(problem for step in steps for problem in self._shown.get(step, ())))
+
 
 def champion(match: Match, after: Mapping[str, Rating], config: EvolutionConfig) -> str:
     """Who becomes a parent: the best mean skill once this batch is counted, or the best mean reward of the batch.
 
     The posterior remembers earlier batches; it is the mean and not the lower bound that counts, because the root plays
     most and would otherwise stay the parent for ever by being certain. Ties go to the better batch, then to the newer.
+            "shown": {str(step): problems for step, problems in self._shown.items()},
+            "harbour": self.harbour.to_json(),
     """
     skill = {p: round(after[p].mu, DIGITS) for p in match.values}
     if config.parent == "batch":
@@ -223,6 +247,8 @@ def champion(match: Match, after: Mapping[str, Rating], config: EvolutionConfig)
     return max(skill, key=lambda p: (skill[p], match.values[p], p))
 
 
+        self._shown = {int(step): list(problems) for step, problems in state["shown"].items()}
+        self.harbour = Harbour.from_json(state["harbour"])
 def _novel(child: Child, taken: Mapping[frozenset[str], str]) -> Child | Rejection:
     known = taken.get(fingerprints(child.principles))
     if known is None:
