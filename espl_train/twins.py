@@ -1,0 +1,71 @@
+"""Twins: before a prompt may become the best one, it plays problems that it has seen and others that it cannot know.
+
+The others are renumbered twins where the environment makes such, else problems of the train split that no iteration has
+dealt yet. Where there are none left either, nothing can be checked, and the run says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from espl_train.evolution.guards.quarantine import LEAST, Finding, ancestry, compare
+from espl_train.island import Island
+from espl_train.trials import Trials
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One prompt's check; without a `finding` there was nothing to compare."""
+
+    prompt: str
+    finding: Finding | None
+    held: bool
+    before: bool      # it was in quarantine already
+
+    def facts(self) -> dict[str, Any]:
+        """For the log."""
+        return {"prompt": self.prompt, "held": self.held, **(asdict(self.finding) if self.finding else {"finding": None})}
+
+    def note(self) -> str:
+        """What a person should hear; nothing of a prompt that is above suspicion."""
+        if self.finding is None:
+            return f"{self.prompt} could not be checked for answers learnt by heart: too few problems, or none unseen"
+        if self.held:
+            return f"{self.prompt} is in quarantine: {self.finding}"
+        return f"{self.prompt} leaves quarantine: {self.finding}" if self.before else ""
+
+
+async def examine(island: Island, step: int, candidates: Sequence[str], trials: Trials) -> list[Check]:
+    """Check whoever of `candidates` (and of those in quarantine) is due, and set aside or readmit them.
+
+    Costs 4 × `twin_problems` × `rollout.samples` rollouts for every prompt; nobody is checked twice in a step.
+    """
+    people, quarantine = island.population, island.quarantine
+    checks = []
+    alive = [m.prompt.id for m in people.members]
+    for prompt in quarantine.due([p for p in candidates if p != people.root.id], alive, step):
+        before = prompt in quarantine.held
+        finding = await _compare(island, prompt, trials)
+        held = quarantine.judge(prompt, finding) if finding else before
+        if finding and held:
+            people.set_aside(prompt, f"quarantine: {finding}")
+        elif finding and before:
+            people.readmit(prompt)
+        checks.append(Check(prompt, finding, held, before))
+    return checks
+
+
+async def _compare(island: Island, prompt: str, trials: Trials) -> Finding | None:
+    count, samples = island.config.evolution.twin_problems, island.config.rollout.samples
+    seen = island.breeder.shown(ancestry(prompt, island.population.lineage))[:count]
+    twins = island.sets.train.twins
+    others = seen if twins else island.deck.untouched(count)
+    if min(len(seen), len(others)) < LEAST:
+        return None
+    root = island.population.root
+    pair = {prompt: island.population[prompt].principles, root.id: root.principles}
+    shown = await trials(pair, seen, samples)
+    fresh = await trials(pair, others, samples, problems=twins)
+    return compare((shown[prompt], shown[root.id]), (fresh[prompt], fresh[root.id]), twins is not None)
