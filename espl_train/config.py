@@ -232,6 +232,9 @@ class EvolutionConfig(Section):
         "posterior", description="who mutates: the best rating once this batch counts, or its best mean"
     )
     crossover_probability: Fraction = Field(0.2, description="per iteration")
+    migration: Fraction = Field(
+        0.0, description="with several environments: per iteration, that one tries a principle that wins in another"
+    )
     prune_probability: Fraction = Field(
         0.0, description="per iteration: of playing the best prompt without each of its principles, to drop one"
     )

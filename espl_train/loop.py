@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from espl_envs.core import background
 from espl_envs.core.errors import EsplError
-from espl_train import report, schedule
+from espl_train import archipelago, report, schedule
 from espl_train.chat import Chat
 from espl_train.config import Config
 from espl_train.engines.choice import engine_for
@@ -83,6 +83,7 @@ class Trainer:
         try:
             if self.config.mode != "rl":
                 self.client.open()
+                archipelago.acquaint(self.islands)
             if not self.begun:
                 self._begin()
             while self.step < self.config.steps:
@@ -121,7 +122,8 @@ class Trainer:
             )
         seconds = time.perf_counter() - started
         common = {**overall(validation, config.shares), **counts, **self.phases.take()}
-        done = IterationReport(self.step, parts, update, seconds, common)
+        won = archipelago.victories(self.step, self.islands)
+        done = IterationReport(self.step, parts, update, seconds, won, common)
         self.totals = self.totals.plus(done.rollouts, done.reflection_tokens, seconds)
         return done
 
@@ -194,6 +196,7 @@ class Trainer:
 
     async def _breed(self, batches: Sequence[Batch]) -> Sequence[BreedingReport | None]:
         with self.phases("reflection") as spent:
+            archipelago.announce(self.islands)
             bred = await together(batch.breed(self.step, self.policy.version, self.client) for batch in batches)
             self.client.end()
             spent.tokens += self.client.spent.completion_tokens
@@ -336,5 +339,7 @@ class Trainer:
             chosen=tuple(Chosen(best[i.name], i.text(best[i.name]), i.name) for i in self.islands),
             scores=report.mixed(tables, self.config.shares),
             history=tuple(history),
-            notes=(*self.boxes.notes(), *notes, *opened, *self.client.ledger.table()),
+            notes=(
+                *self.boxes.notes(), *notes, *archipelago.notes(self.islands), *opened, *self.client.ledger.table()
+            ),
         )

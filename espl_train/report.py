@@ -134,6 +134,7 @@ class IterationReport:
     islands: Mapping[str, IslandReport]
     update: UpdateReport | None
     seconds: float
+    victories: Sequence[Mapping[str, Any]] | None = None     # principles that win on a further island, if they migrate
     shared: Mapping[str, float] = field(default_factory=dict)    # the engine's counts, seconds by phase
 
     @property
@@ -161,6 +162,9 @@ class IterationReport:
             record |= played(groups, self.reflection_tokens)
             for counts in (island.evolution() for island in self.islands.values()):
                 record |= {name: record.get(name, 0) + count for name, count in counts.items()}
+        if self.victories is not None:
+            migrants = [p for i in self.islands.values() for p in i.born if p.operator == "migration"]
+            record |= {"migration/children": len(migrants), "migration/won": len(self.victories)}
         for name, own in records.items():
             record |= under(name, own)
         return record
@@ -170,6 +174,7 @@ class IterationReport:
         for name, island in self.islands.items():
             where = {"env": name} if name else {}
             yield from ((kind, {**details, **where}) for kind, details in island.events(populations[name]))
+        yield from (("won_in_several", dict(victory)) for victory in self.victories or ())
         if self.update is not None and self.update.skipped:
             yield "update_skipped", {"reason": self.update.skipped}
 
@@ -177,6 +182,8 @@ class IterationReport:
         """What a person should hear about the iteration."""
         for name, island in self.islands.items():
             yield from island.notes(populations[name])
+        for victory in self.victories or ():
+            yield f"“{victory['principle']}” wins in {' and '.join(victory['islands'])}"
         if self.update is not None and self.update.skipped:
             yield f"no weight update: {self.update.skipped}"
         if self.update is not None:

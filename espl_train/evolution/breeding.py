@@ -17,6 +17,7 @@ from espl_train.evolution.edits import Limits, fingerprints
 from espl_train.evolution.encounters import Encounters
 from espl_train.evolution.evidence import Evidence, shuffled
 from espl_train.evolution.guards import Canary, Duplicates, Guard
+from espl_train.evolution.migration import Harbour
 from espl_train.evolution.mutation import summarise
 from espl_train.evolution.operators import OPERATORS, Scene
 from espl_train.evolution.placebo import placebo
@@ -70,6 +71,7 @@ class Breeder:
         self._canary = Canary.of(seed) if config.canary else Canary()
         self._guard = Guard(config.max_words, special_tokens, self._canary)
         self._duplicates = Duplicates(config.duplicate_similarity)
+        self.harbour = Harbour()            # what is known of principles that win on other islands
         count = (lambda principles: tokens(templates.system(principles))) if tokens else None
         limit = config.max_prompt_tokens
         self._limits = Limits(config.max_words, config.max_principles, self._guard.check, limit, count)
@@ -115,7 +117,7 @@ class Breeder:
         scene = Scene(
             step, self._seed, best, population.root, others, self._evidence.contrasts(step, best.id),
             self._encounters.of(best.id, {p.id for p in others}), tasks, sum(len(g.rollouts) for g in groups), taken,
-            self._config, self._limits, reflector, trial, [],
+            self._config, self._limits, reflector, trial, self.harbour, [],
         )  # fmt: skip
         with purpose(prompt=best.id):
             results = await self._results(scene)
@@ -169,12 +171,18 @@ class Breeder:
             return {}
         return self._duplicates.retired(prompts, self._encounters.pairs([p.id for p in prompts]))
 
+    @property
+    def guard(self) -> Guard:
+        """What judges every new text."""
+        return self._guard
+
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
         return {
             "evidence": self._evidence.to_json(),
             "encounters": self._encounters.to_json(),
             "duplicates": self._duplicates.state(),
+            "harbour": self.harbour.to_json(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -182,6 +190,7 @@ class Breeder:
         self._evidence = Evidence.from_json(state["evidence"], self._config)
         self._encounters = Encounters.from_json(state["encounters"], self._config.evidence_window)
         self._duplicates.restore(state["duplicates"])
+        self.harbour = Harbour.from_json(state["harbour"])
 
     def _report(
         self,

@@ -1,13 +1,13 @@
 """The operators: every way to a child by its name, and what an operator sees of a step.
 
-A new one is a function of a `Scene` and its line in `OPERATORS`; its name stands in `prompts.py`. Each brings a child or
-the reason why there is none, and knows nothing of the others.
+A new one is a function of a `Scene` and its line in `OPERATORS`; its name stands in `prompts.py`. Each brings a child
+or the reason why there is none, and knows nothing of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from espl_envs.core.tasks import Task
@@ -17,6 +17,7 @@ from espl_train.evolution.edits import Limits
 from espl_train.evolution.encounters import Encounter
 from espl_train.evolution.evidence import Contrast
 from espl_train.evolution.immigrant import immigrate
+from espl_train.evolution.migration import Harbour, migrate
 from espl_train.evolution.mutation import mutate
 from espl_train.evolution.prompts import Child, Operator, SystemPrompt
 from espl_train.evolution.prune import Trial, prune
@@ -43,7 +44,12 @@ class Scene:
     limits: Limits
     reflector: Reflector
     trial: Trial | None
+    harbour: Harbour
     events: list[dict[str, Any]]                # an operator's own, for the log
+
+    def again(self, number: int) -> Scene:
+        """The same scene for one more try: the same evidence, and a reflector that says something else."""
+        return replace(self, reflector=self.reflector.again(number)) if number else self
 
 
 async def _immigrate(scene: Scene) -> Child | Rejection:
@@ -58,6 +64,10 @@ async def _prune(scene: Scene) -> Child | Rejection:
     random = generator(scene.seed, "prune", "problems", scene.step)
     problems = sorted(scene.tasks)
     return await prune(scene.best, scene.taken, problems, scene.rollouts, scene.trial, random, scene.events)
+
+
+async def _migrate(scene: Scene) -> Child | Rejection:
+    return migrate(scene.best, scene.harbour, scene.limits, scene.events)
 
 
 async def _cross(scene: Scene) -> Child | Rejection:
@@ -82,6 +92,7 @@ class Way:
 OPERATORS: dict[Operator, Way] = {
     "immigrant": Way(lambda config: config.immigrant_probability, _immigrate, reads=True),
     "prune": Way(lambda config: config.prune_probability, _prune),
+    "migration": Way(lambda config: config.migration, _migrate),
     "crossover": Way(lambda config: config.crossover_probability, _cross),
     "mutation": Way(lambda config: float(config.mutate), _mutate, reads=True),
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Operator = Literal["root", "mutation", "crossover", "prune", "immigrant"]
+Operator = Literal["root", "mutation", "crossover", "prune", "immigrant", "migration"]
 
 
 @dataclass(frozen=True, slots=True)

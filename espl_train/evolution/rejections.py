@@ -43,6 +43,7 @@ class Reason(StrEnum):
     NO_OTHER_WINNER = "no_other_winner"
     TOO_FEW_PRINCIPLES = "too_few_principles"
     NO_TRIAL = "no_trial"
+    NO_MIGRANT = "no_migrant"
     ALL_NEEDED = "all_needed"
     UNCHANGED = "unchanged"
     DUPLICATE_PROMPT = "duplicate_prompt"

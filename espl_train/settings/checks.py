@@ -169,6 +169,11 @@ def _rest(config: Config) -> Iterator[str]:
 
 
 def _environments(config: Config) -> Iterator[str]:
+    if config.evolution.migration and len(config.environments) == 1:
+        yield (
+            f"evolution.migration is {config.evolution.migration:g}, but {config.env.id} is the only environment: name "
+            "another one (--env A --env B), or leave migration out."
+        )
     seen: dict[str, str] = {}
     for name, env in config.environments.items():
         key = f"envs.{name}" if name else "env"

@@ -7,7 +7,7 @@ read principles for another purpose than to follow them (`orders`). What it cann
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from espl_envs.core.tasks import Task
 from espl_train.evolution.guards import characters, orders
@@ -26,6 +26,7 @@ class Guard:
         self._tokens = tuple(t for t in special_tokens if len(t) > 1)
         self._canary = canary or Canary()
         self._leaks = Leaks()
+        self._known: tuple[Leaks, ...] = (self._leaks,)
         self._learnt: set[int] = set()
 
     def learn(self, tasks: Mapping[int, Task]) -> None:
@@ -33,6 +34,10 @@ class Guard:
         for index in sorted(tasks.keys() - self._learnt):
             self._leaks.learn(index, tasks[index])
             self._learnt.add(index)
+
+    def heed(self, others: Iterable[Guard]) -> None:
+        """Refuse from now on also what gives away the problems that these know: those of a run's other environments."""
+        self._known = (self._leaks, *(other._leaks for other in others))
 
     def check(self, text: str) -> Rejection | None:
         """Why `text` must not become a principle, or None."""
@@ -42,7 +47,7 @@ class Guard:
             return refused
         if self._canary.sings(text):
             return Rejection(Reason.CANARY, "the text was copied from the evidence: it holds the planted words")
-        return orders.refused(text) or self._leaks.check(text)
+        return orders.refused(text) or next((no for leaks in self._known if (no := leaks.check(text))), None)
 
     def check_prompt(self, texts: Sequence[str], new: Sequence[str]) -> Rejection | None:
         """Why these texts must not stand together in one prompt, or None. Only what the `new` ones bring in counts:
@@ -50,4 +55,5 @@ class Guard:
         for text in new:
             if (refused := self.check(text)) is not None:
                 return refused
-        return self._leaks.check_together(texts, [i for i, text in enumerate(texts) if text in new])
+        numbers = [i for i, text in enumerate(texts) if text in new]
+        return next((no for leaks in self._known if (no := leaks.check_together(texts, numbers))), None)
