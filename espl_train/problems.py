@@ -47,6 +47,13 @@ class Problems:
         origin = f"carved from {self.env_id} '{self.split}'" if self.carved else f"of {self.env_id}"
         return f"{len(self):,} problems {origin}, content {self.env.tasks.hash}"
 
+    def facts(self) -> dict[str, Any]:
+        """What it is, for the log of a run: whoever reads it later may have other data under the same name."""
+        return {
+            "part": self.part, "id": self.env_id, "split": self.split, "problems": len(self),
+            "content": self.env.tasks.hash,
+        }  # fmt: skip
+
     def make(self) -> gymnasium.Env[Any, Any]:
         """A fresh environment of this part."""
         return espl_envs.make(self.env_id, split=self.split, **self.args)
@@ -56,13 +63,6 @@ class Problems:
         """All tasks of the part, by the indices that `batch` and `sample` give out."""
         return {int(index): self.env.tasks[int(index)] for index in self.indices}
 
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """All task indices, in the order of an epoch."""
-        return [int(self.indices[int(i)]) for i in generator(seed, "order", self.part, epoch).permutation(len(self))]
-
-    def sample(self, seed: int, size: int) -> list[int]:
-        """A fixed subset of at most `size` indices, the same in the whole run, in ascending order."""
-        if size >= len(self):
     @cached_property
     def twins(self) -> Problems | None:
         """The same indices with a task of the same kind and other numbers at each; None where nobody makes such."""
@@ -71,6 +71,13 @@ class Problems:
         args = {**self.args, "twins": self.args.get("twins", 0) + 1}
         return replace(self, args=args, env=_open(self.env_id, args, self.split))
 
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """All task indices, in the order of an epoch."""
+        return [int(self.indices[int(i)]) for i in generator(seed, "order", self.part, epoch).permutation(len(self))]
+
+    def sample(self, seed: int, size: int) -> list[int]:
+        """A fixed subset of at most `size` indices, the same in the whole run, in ascending order."""
+        if size >= len(self):
             return [int(i) for i in self.indices]
         chosen = generator(seed, "subset", self.part).choice(len(self), size=size, replace=False)
         return sorted(int(self.indices[int(i)]) for i in chosen)
@@ -100,17 +107,17 @@ class Deck:
             self.epoch, self.dealt = self.epoch + 1, 0
         return self.more(size)
 
+    def untouched(self, most: int) -> list[int]:
+        """Up to `most` problems that have never been dealt, the last ones of the first epoch; none after it."""
+        order = [] if self.epoch else self.problems.order(self.seed, 0)[self.dealt :]
+        return order[::-1][:most]
+
     def more(self, most: int) -> list[int]:
         """Up to `most` further problems of this epoch: others than all those dealt in it."""
         found = self.problems.order(self.seed, self.epoch)[self.dealt : self.dealt + most]
         self.dealt += len(found)
         return found
 
-
-    def untouched(self, most: int) -> list[int]:
-        """Up to `most` problems that have never been dealt, the last ones of the first epoch; none after it."""
-        order = [] if self.epoch else self.problems.order(self.seed, 0)[self.dealt :]
-        return order[::-1][:most]
 
 @dataclass(frozen=True)
 class ProblemSets:

@@ -19,6 +19,7 @@ from espl_train.evolution.prompts import Principle, SystemPrompt
 from espl_train.evolution.templates import TemplateSet
 from espl_train.runs import checkpoint
 from espl_train.runs.directory import read_config
+from espl_train.runs.islands import own
 from espl_train.runs.metrics import read_lines
 
 CHECKPOINTS = "checkpoints"
@@ -85,13 +86,30 @@ class Snapshot:
     def best(self, island: str = "") -> SystemPrompt:
         """The prompt that the run names as its best: at its end the chosen one, before that the best rated."""
         population = self.populations[island]
-        key = f"{island}/best" if island else "best"
         record = next((row for row in reversed(self.records) if row.get("step") == self.step), {})
-        named = str(record.get(key))
+        named = str(own(record, island).get("best"))
         return population[named if named in population else population.elite.id]
 
+    def find(self, which: str) -> list[tuple[str, SystemPrompt]]:
+        """The prompts that `which` names, by environment: best, root or an id, in every environment of the run; or in
+        one, as NAME/best. Raises EsplError with what there is."""
+        island, slash, rest = which.rpartition("/")
+        if slash and island not in self.populations:
+            known = ", ".join(name for name in self.populations if name) or "one, without a name"
+            raise EsplError(f"the run {self.folder} has no environment {island!r}; it has: {known}")
+        return [(name, self.prompt(rest, name)) for name in ([island] if slash else self.populations)]
+
+    def find_one(self, which: str) -> tuple[str, SystemPrompt]:
+        """The same, where it is one. Raises EsplError where the run has several environments and none is named."""
+        found = self.find(which)
+        if len(found) > 1:
+            raise EsplError(
+                f"the run {self.folder} has several environments: say which is meant, as in {found[0][0]}/{which}"
+            )
+        return found[0]
+
     def prompt(self, which: str, island: str = "") -> SystemPrompt:
-        """The prompt that `which` names: best, root or an id. Raises EsplError with what there is."""
+        """The prompt that `which` names in one environment. Raises EsplError with what there is."""
         population = self.populations[island]
         if which == "best":
             return self.best(island)

@@ -1,6 +1,7 @@
 """The directory of an export, written aside and put into place when it is whole.
 
-    prompt.md  prompt.json  request.json  adapter/ (or model/, where every weight was trained)  model/ (--merge)
+    prompt.md  prompt.json  request.json      (in envs/NAME/, where a run has several environments)
+    adapter/                                  (model/ where every weight was trained, or with --merge)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from espl_train.export.request import ADAPTER, MODEL, REQUEST, commands, request
 from espl_train.runs import checkpoint
 from espl_train.snapshot import Snapshot
 
-PROMPT, PAGE = "prompt.json", "prompt.md"
+PROMPT, PAGE, ENVS = "prompt.json", "prompt.md", "envs"
 
 
 def export(run: Snapshot, out: Path, which: str = "best", merge: bool = False) -> Path:
@@ -28,33 +29,30 @@ def export(run: Snapshot, out: Path, which: str = "best", merge: bool = False) -
     An older export there is replaced. Raises EsplError where `out` holds something else, or there is no such prompt.
     """
     refuse_foreign(out)
-    learnt = run.trained
     full = run.config.learner.mode == "full"
     with _replacing(out) as folder:
-        write_prompts(run, folder, which, (MODEL if full else ADAPTER) if learnt else None)
-        if learnt and not full:
+        write_prompts(run, folder, which, MODEL if full else ADAPTER)
+        if run.trained and not full:
             _write_adapter(run, folder / ADAPTER)
-        if learnt and (full or merge):
+        if run.trained and (full or merge):
             _write_model(run, folder / MODEL)
     return out
 
 
-def write_prompts(run: Snapshot, folder: Path, which: str = "best", weights: str | None = None) -> None:
-    """The page, the record and the request, where a run has several environments in a folder for each. `weights`: how
-    the commands on the page find them ("adapter", "model"; None where nothing was trained)."""
-    for island in run.populations:
-        target = folder / slug(island) if island else folder
+def write_prompts(run: Snapshot, folder: Path, which: str, weights: str) -> None:
+    """The page, the record and the request; where a run has several environments, in a folder `envs/NAME` for each.
+    `weights` is where those that were trained lie, from `folder`."""
+    asked = which.rpartition("/")[2] != "best"
+    for island, prompt in run.find(which):
+        target = folder / ENVS / island if island else folder
         target.mkdir(parents=True, exist_ok=True)
-        record = document(run, which, island)
-        text = markdown.page(record, tuple(commands(run, which, weights)))
+        place = f"../../{weights}" if island else weights
+        name = f"{island}/{prompt.id}" if island else prompt.id
+        record = document(run, prompt, island, asked)
+        text = markdown.page(record, tuple(commands(run, name, place if run.trained else None)))
         checkpoint.write_atomically(target / PAGE, text.encode("utf-8", "backslashreplace"))
         checkpoint.write_atomically(target / PROMPT, _json(record))
-        checkpoint.write_atomically(target / REQUEST, _json(request(run, run.prompt(which, island))))
-
-
-def slug(name: str) -> str:
-    """A name as that of a file."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "environment"
+        checkpoint.write_atomically(target / REQUEST, _json(request(run, prompt, island)))
 
 
 def refuse_foreign(out: Path) -> None:
@@ -97,8 +95,10 @@ def _replacing(out: Path) -> Iterator[Path]:
     except OSError as problem:
         raise EsplError(f"{out} cannot be written: {problem.strerror or problem}") from problem
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _json(value: Any) -> bytes:

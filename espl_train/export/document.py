@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from espl_train.evolution.prompts import SystemPrompt
+from espl_train.evolution.lineage import Lineage, provenance
+from espl_train.evolution.prompts import Principle, SystemPrompt
 from espl_train.runs import seal
+from espl_train.runs.islands import own
 from espl_train.runs.metrics import plain
 from espl_train.snapshot import Snapshot
 
@@ -19,21 +22,17 @@ RULES = {
 }
 
 
-def document(run: Snapshot, which: str, island: str = "") -> dict[str, Any]:
-    """The record of the prompt that `which` names (best, root or an id), with the provenance of all that it rests on.
-
-    Raises EsplError where there is no such prompt.
-    """
+def document(run: Snapshot, prompt: SystemPrompt, island: str = "", asked: bool = False) -> dict[str, Any]:
+    """The record of a prompt, with the provenance of all that it rests on. `asked`: it was not the run's choice."""
     from espl_train.learner.loading import identity
 
-    prompt = run.prompt(which, island)
-    births = dict(_births(run, island))
+    lineage = run.populations[island].lineage
     record = {
         "format": FORMAT,
         "espl": version("espl"),
         "prompt": _prompt(run, prompt, island),
-        "chosen": _chosen(run, which),
-        "lineage": list(_lineage(prompt, births)),
+        "chosen": _chosen(run, asked),
+        "lineage": list(_ancestry(prompt.id, lineage)),
         "quarantine": None,
         "run": {
             "name": run.name, "step": run.step, "steps": run.config.steps, "finished": run.finished,
@@ -51,9 +50,9 @@ def document(run: Snapshot, which: str, island: str = "") -> dict[str, Any]:
 
 def environment(run: Snapshot, island: str = "") -> dict[str, Any]:
     """What the run was trained and tested on: ids, arguments, and the content hashes that it met when it began."""
-    env = run.config.env
-    met = [row for row in run.events if row["kind"] == "problems" and row.get("island", "") == island]
-    parts = {row["part"]: {k: row[k] for k in ("env", "split", "problems", "content")} for row in met}
+    env = run.config.environments[island]
+    met = [row for row in run.events if row["kind"] == "problems" and row.get("env", "") == island]
+    parts = {row["part"]: {key: row[key] for key in ("id", "split", "problems", "content")} for row in met}
     return {"id": env.id, "args": env.args, "test_id": env.test_id, "test_args": env.test_args, "parts": parts}
 
 
@@ -63,7 +62,7 @@ def _prompt(run: Snapshot, prompt: SystemPrompt, island: str) -> dict[str, Any]:
     return {
         "id": prompt.id,
         "text": run.text(prompt.principles),
-        "principles": [{"id": p.id, "text": p.text, "origin": ""} for p in prompt.principles],
+        "principles": provenance(prompt.id, population.lineage),
         "operator": prompt.operator,
         "parents": prompt.parents,
         "born": prompt.born,
@@ -77,19 +76,18 @@ def _prompt(run: Snapshot, prompt: SystemPrompt, island: str) -> dict[str, Any]:
 
 def _validation(run: Snapshot, prompt: str, island: str) -> dict[str, Any] | None:
     """The newest validation score of a prompt; None where it was never validated."""
-    before = f"{island}/" if island else ""
-    key = f"{before}validation/{prompt}"
-    for row in reversed(run.records):
+    key = f"validation/{prompt}"
+    for row in reversed([own(record, island) for record in run.records]):
         if row.get(key) is not None:
             return {
                 "mean": row[key], "low": row.get(f"{key}/low"), "high": row.get(f"{key}/high"),
-                "problems": row.get(f"{before}validation/count"), "step": row["step"],
+                "problems": row.get("validation/count"), "step": row["step"],
             }  # fmt: skip
     return None
 
 
-def _chosen(run: Snapshot, which: str) -> dict[str, str]:
-    if which != "best":
+def _chosen(run: Snapshot, asked: bool) -> dict[str, str]:
+    if asked:
         return {"rule": "asked", "why": "it was asked for by name"}
     if not run.finished:
         return {"rule": "lower_bound", "why": f"{RULES['lower_bound']}; the run is not at its end"}
@@ -97,32 +95,27 @@ def _chosen(run: Snapshot, which: str) -> dict[str, str]:
     return {"rule": rule, "why": RULES[rule]}
 
 
-def _births(run: Snapshot, island: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Everybody who was ever born, also those that the population has dropped since."""
-    root = run.populations[island].root
-    rows = [{"id": p.id, "text": p.text} for p in root.principles]
-    yield root.id, {"id": root.id, "principles": rows, "operator": root.operator, "parents": [], "born": root.born}
-    for row in run.events:
-        if row["kind"] == "born" and row.get("island", "") == island:
-            yield row["id"], row
-
-
-def _lineage(prompt: SystemPrompt, births: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _ancestry(prompt: str, lineage: Lineage) -> Iterator[dict[str, Any]]:
     """The prompt and its ancestors, the youngest first, each with what sets it apart from its first parent."""
-    wanted = {prompt.id}
-    for name in reversed(list(births)):
-        if name not in wanted:
+    wanted = {prompt}
+    for birth in reversed(lineage.births.values()):
+        if birth.prompt not in wanted:
             continue
-        born = births[name]
-        wanted |= set(born["parents"])
-        first = births.get(born["parents"][0]) if born["parents"] else None
-        mine, theirs = ({p["id"]: p["text"] for p in one["principles"]} if one else {} for one in (born, first))
+        wanted |= set(birth.parents)
+        mine = _texts(lineage.principles(birth.prompt))
+        theirs = _texts(lineage.principles(birth.parents[0])) if birth.parents else {}
         yield {
-            **{key: born[key] for key in ("id", "operator", "parents", "born", "principles")},
-            "added": [_entry(p, mine) for p in mine if first and p not in theirs],
-            "changed": [_entry(p, mine) for p in mine if first and p in theirs and mine[p] != theirs[p]],
+            "id": birth.prompt, "operator": birth.operator, "parents": birth.parents, "born": birth.step,
+            "principles": [_entry(p, mine) for p in mine],
+            "added": [_entry(p, mine) for p in mine if birth.parents and p not in theirs],
+            "changed": [_entry(p, mine) for p in mine if p in theirs and mine[p] != theirs[p]],
             "removed": [_entry(p, theirs) for p in theirs if p not in mine],
-        }
+            "against_parent": asdict(birth.duel),
+        }  # fmt: skip
+
+
+def _texts(principles: Mapping[str, Principle]) -> dict[str, str]:
+    return {name: principle.text for name, principle in principles.items()}
 
 
 def _entry(principle: str, texts: Mapping[str, str]) -> dict[str, str]:

@@ -19,7 +19,8 @@ def span(text: str) -> str:
     """`text` as inline code, on one line, whatever it contains."""
     line = " ".join(visible(text).split())
     ticks = "`" * (_longest(line) + 1)
-    return f"{ticks} {line} {ticks}" if line else "*(empty)*"
+    gap = " " * (line[:1] == "`" or line[-1:] == "`")
+    return f"{ticks}{gap}{line}{gap}{ticks}" if line else "*(empty)*"
 
 
 def fence(text: str, language: str = "") -> str:
@@ -76,20 +77,32 @@ def _opened(openings: Sequence[Mapping[str, Any]]) -> str:
 
 def _principles(principles: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for number, principle in enumerate(principles, 1):
-        told = f", {principle['origin']}" if principle["origin"] else ""
-        yield f"{number}. {span(principle['text'])} ({principle['id']}{told})"
+        yield f"{number}. {span(principle['text'])}"
+        for written in (principle["written"], *principle["ancestors"]):
+            yield f"   - {_written(written)}"
+
+
+def _written(written: Mapping[str, Any]) -> str:
+    name = f"{written['prompt']}.{written['id']}"
+    if written["op"] == "root":
+        return f"{name}: there from the start"
+    sources = f" of {' and '.join(written['sources'])}" if written["sources"] else ""
+    because = f", because {span(written['evidence'])}" if written["evidence"] else ""
+    return f"{name}: {written['op']}{sources} by {written['operator']}, step {written['step']}{because}"
 
 
 def _lineage(lineage: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for one in lineage:
         if not one["parents"]:
-            yield f"- {one['id']} is the root prompt, with {_count(len(one['principles']))}."
+            how = "is the root prompt" if one["operator"] == "root" else f"has no parents ({one['operator']})"
+            yield f"- {one['id']} {how}, with {_count(len(one['principles']))}."
             continue
-        yield f"- {one['id']}, step {one['born']}, by {one['operator']} of {' and '.join(one['parents'])}:"
+        duel = one["against_parent"]
+        met = f"{duel['gain']:+.3f} ± {duel['error']:.3f} over {duel['problems']} problems" if duel["problems"] else ""
+        against = f"; mean reward against {one['parents'][0]}: {met}" if met else ""
+        yield f"- {one['id']}, step {one['born']}, by {one['operator']} of {' and '.join(one['parents'])}{against}"
         changes = [(word, entry) for word in ("added", "changed", "removed") for entry in one[word]]
         yield from (f"  - {word} {entry['id']}: {span(entry['text'])}" for word, entry in changes)
-        if not changes:
-            yield "  - the same principles"
 
 
 def _count(principles: int) -> str:

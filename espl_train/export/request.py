@@ -16,12 +16,11 @@ REQUEST, ADAPTER, MODEL = "request.json", "adapter", "model"
 URL = "http://127.0.0.1:8000/v1/chat/completions"
 
 
-def request(run: Snapshot, prompt: SystemPrompt) -> dict[str, Any]:
+def request(run: Snapshot, prompt: SystemPrompt, island: str = "") -> dict[str, Any]:
     """The body of a request: the conversation as an episode begins with it, for a question that is still to be filled
     in, and how replies were sampled in evaluations."""
-    settings = run.config
-    env = espl_envs.make(settings.env.id, **settings.env.args).unwrapped
-    messages = env.opening(QUESTION, run.text(prompt.principles))
+    settings, env = run.config, run.config.environments[island]
+    messages = espl_envs.make(env.id, **env.args).unwrapped.opening(QUESTION, run.text(prompt.principles))
     return {
         "model": run.name,
         "messages": [message.to_openai() for message in messages],
@@ -32,23 +31,28 @@ def request(run: Snapshot, prompt: SystemPrompt) -> dict[str, Any]:
 
 
 def commands(run: Snapshot, which: str, weights: str | None) -> Iterator[tuple[str, str]]:
-    """(what it does, the command), to be run in the export's directory. `weights` is what lies in there: "adapter",
-    "model", or nothing (None)."""
+    """(what it does, the command), to be run in the export's directory. `weights` is where they lie, from there: an
+    adapter, or all weights (learner.mode full); None where nothing was trained. `which` names the prompt."""
     served = ["espl-train", "serve", str(run.folder.resolve()), "--port", "8000"]
-    yield "Serve the run", shlex.join([*served, *(["--prompt", which] if which != "best" else [])])
+    yield "Serve the run", shlex.join([*served, "--prompt", which])
     name = shlex.quote(run.name)
-    if weights == MODEL:
-        yield "Or the weights in here, with vLLM", f"vllm serve ./{MODEL} --served-model-name {name} --port 8000"
-    elif weights == ADAPTER:
-        yield "Or the adapter in here, with vLLM", (
-            f"vllm serve {shlex.quote(_base(run))} --enable-lora --max-lora-rank {run.config.learner.rank} "
-            f"--lora-modules {shlex.quote(f'{run.name}=./{ADAPTER}')} --port 8000"
-        )
-    else:
+    if weights is None:
         yield "Or the model, which was not trained, with vLLM", (
             f"vllm serve {shlex.quote(_base(run))} --served-model-name {name} --port 8000"
         )
+    elif run.config.learner.mode == "full":
+        yield "Or the trained weights, with vLLM", f"vllm serve {_here(weights)} --served-model-name {name} --port 8000"
+    else:
+        yield "Or the adapter, with vLLM", (
+            f"vllm serve {shlex.quote(_base(run))} --enable-lora --max-lora-rank {run.config.learner.rank} "
+            f"--lora-modules {shlex.quote(f'{run.name}={_here(weights)}')} --port 8000"
+        )
     yield "Ask", f"curl {URL} -H 'Content-Type: application/json' -d @{REQUEST}"
+
+
+def _here(path: str) -> str:
+    """A path that cannot be taken for the name of a model on the hub."""
+    return path if path.startswith(".") else f"./{path}"
 
 
 def _base(run: Snapshot) -> str:

@@ -57,7 +57,7 @@ class _State:
 
 
 class Console:
-    """Shows one run of `steps` steps. Use as a context manager; outside of it nothing is live."""
+    """Shows one run of `steps` steps (or whatever its `noun` is). A context manager; outside of it nothing is live."""
 
     def __init__(
         self,
@@ -66,8 +66,9 @@ class Console:
         quiet: bool = False,
         rich: RichConsole | None = None,
         clock: Callable[[], float] = time.monotonic,
+        noun: str = "step",
     ) -> None:
-        self._out = rich or RichConsole(highlight=False)
+        self._out, self._noun = rich or RichConsole(highlight=False), noun
         self._steps, self._title, self._quiet, self._clock = steps, clean(title), quiet, clock
         self._state = _State(phase_start=clock())
         self._began: tuple[int, float] | None = None
@@ -132,7 +133,7 @@ class Console:
                     state.validation[name] = value
             if self._began is None:
                 self._began = (state.step - 1, self._clock() - (_number(record, "seconds") or 0.0))
-            line = step_line(record, self._steps, self._remaining())
+            line = step_line(record, self._steps, self._remaining(), self._noun)
         if self._live is None:
             self._say(Text(line))
 
@@ -178,7 +179,7 @@ class Console:
         elapsed = duration(self._clock() - state.phase_start)
         boxes = f", boxes: {said}" if (said := self._boxes()) else ""
         step = min(state.step + 1, self._steps)
-        self._say(Text(f"  … step {step}, {state.phase}{of}, {elapsed}{self._speed(', ')}{boxes}"))
+        self._say(Text(f"  … {self._noun} {step}, {state.phase}{of}, {elapsed}{self._speed(', ')}{boxes}"))
 
     def _speed(self, before: str = "") -> str:
         seconds = self._clock() - self._state.phase_start
@@ -200,9 +201,8 @@ class Console:
             head.add_column(justify="right", no_wrap=True)
             left = self._remaining()
             eta = f"{duration(left)} left" if left is not None else ""
-            head.add_row(
-                Text(f"step {state.step}/{self._steps}", "bold"), _bar(state.step, self._steps), Text(eta, "dim")
-            )
+            at = Text(f"{self._noun} {state.step}/{self._steps}", "bold")
+            head.add_row(at, _bar(state.step, self._steps), Text(eta, "dim"))
             of = f"{state.done:,}/{state.total:,}  " if state.total else ""
             elapsed = duration(self._clock() - state.phase_start)
             work = Text(f"{of}{self._speed()}  {elapsed}".strip(), "dim")

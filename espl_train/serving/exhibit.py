@@ -61,7 +61,7 @@ class Exhibit:
     def _run(cls, folder: Path, prompt: str, overrides: Mapping[str, Any]) -> Exhibit:
         run = Snapshot.of(folder)
         config = override(run.config, {"engine.deterministic": False, **overrides})
-        chosen = None if prompt == "none" else run.prompt(prompt)
+        chosen = None if prompt == "none" else run.find_one(prompt)[1]
         offer = Offer(
             name=run.name,
             policy=0,                                       # known once the weights are loaded

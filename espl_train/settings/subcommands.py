@@ -41,6 +41,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "espl_train.export.command:main", "export RUN", "best prompt with its provenance, adapter, a ready request"
     ),
+    "transplant": Command(
+        "espl_train.transplant.command:main", "transplant RUN …", "whose weights need whose prompt: a matrix of scores"
+    ),
 }
 
 
