@@ -30,6 +30,7 @@ from espl_train.problems import Deck, Part, Problems, ProblemSets
 from espl_train.randomness import derive
 from espl_train.records import Group, Rollout, RolloutKey, grouped
 from espl_train.reflecting.client import Client
+from espl_train.reflecting.queue import Queue, evidence
 from espl_train.rollout import Collector, Job, Progress
 from espl_train.sandboxes import Boxes, wanted
 from espl_train.trials import Trials
@@ -40,7 +41,7 @@ class Island:
 
     def __init__(
         self, config: Config, sets: ProblemSets, boxes: Boxes, chat: Chat, engine: Engine, templates: TemplateSet,
-        name: str = "",
+        name: str = "", queue: Queue | None = None,
     ) -> None:
         self.name, self.config, self.sets, self.templates = name, config, sets, templates
         self.seed = derive(config.seed, "island", name) if name else config.seed
@@ -51,9 +52,12 @@ class Island:
             tokens=partial(count_tokens, chat.tokenizer),
         )  # fmt: skip
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
-        self.lengths = Lengths()
         self.quarantine = Quarantine(config.evolution.twin_margin)
+        self.lengths = Lengths()
         self.chosen: str | None = None      # who plays alone, while only weights learn
+        self.queue = queue                  # of children that wait for a person, where one is asked
+        self.admitted: tuple[SystemPrompt, ...] = ()        # in this step, by a person
+        self.reviewed: list[dict[str, Any]] = []            # what a review came to in this step, for the log
         self._others: list[tuple[Problems, Collector]] = []
         limits = boxes.limited(config.rollout, config.shares[name], wanted(p.env for p in sets) is not None)
         self.collectors = {
@@ -71,6 +75,13 @@ class Island:
         if self.chosen:
             return {self.chosen: rollout.prompts * rollout.samples}
         return self.population.select(step, rollout.prompts, rollout.samples)
+
+    def admit(self, step: int) -> None:
+        """Let in whom a person has let in since the last step; nobody while only weights learn."""
+        self.admitted, self.reviewed = (), []
+        if self.queue is not None and not self.chosen:
+            examine = partial(self.breeder.examine, population=self.population, tasks=self.sets.train.tasks)
+            self.admitted, self.reviewed = self.queue.admit(step, self.population, examine)
 
     def collector(self, problems: Problems) -> Collector:
         """Who plays `problems`, those of the run or others; the same one every time."""
@@ -143,6 +154,8 @@ class Island:
             "deck": self.deck.position,
             "lengths": self.lengths.to_json(),
             "chosen": self.chosen,
+            "quarantine": self.quarantine.state(),
+            "queue": self.queue.state() if self.queue else None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -150,12 +163,13 @@ class Island:
         config = self.config
         self.population = Population.from_json(state["population"], config.evolution, config.rating, self.seed)
         self.breeder.restore(state["breeder"])
+        self.quarantine.restore(state["quarantine"])
         self.deck = Deck(self.sets.train, self.seed, state["deck"])
         self.lengths = Lengths.from_json(state["lengths"])
         self.chosen = state["chosen"]
+        if self.queue is not None and state["queue"] is not None:
+            self.queue.restore(state["queue"])
 
-            "quarantine": self.quarantine.state(),
-            "queue": self.queue.state() if self.queue else None,
     def close(self) -> None:
         """Close all environments. Again is fine."""
         for collector in (*self.collectors.values(), *(collector for _, collector in self._others)):
@@ -163,7 +177,6 @@ class Island:
 
 
 @dataclass(frozen=True)
-        self.quarantine.restore(state["quarantine"])
 class Round:
     """Every player (prompt → samples per problem) on every problem of one island, `earlier` ones of the same iteration
     aside."""

@@ -22,6 +22,7 @@ from espl_train.evaluation import Evaluation, metrics, overall
 from espl_train.evolution.breeding import BreedingReport
 from espl_train.evolution.population import Population
 from espl_train.evolution.templates import TemplateSet
+from espl_train.export.bundle import write_prompts
 from espl_train.island import Batch, Island, Round, play
 from espl_train.learner.ranks import ALONE, Ranks
 from espl_train.learner.update import Learner
@@ -30,16 +31,17 @@ from espl_train.problems import Part, ProblemSets, shares
 from espl_train.profiling import Phases, Profile, Spent
 from espl_train.records import Rollout
 from espl_train.reflecting.choice import client_for
+from espl_train.reflecting.queue import Queue
 from espl_train.report import IslandReport, IterationReport, Totals
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
 from espl_train.runs.islands import own, under
 from espl_train.runs.summary import Chosen, Summary
 from espl_train.sandboxes import Boxes, equipped
-
-PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
 from espl_train.snapshot import Snapshot
 from espl_train.twins import examine
+
+PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
 
 
 class Trainer:
@@ -62,7 +64,8 @@ class Trainer:
         self.chat = Chat(self.policy.tokenizer)
         templates = TemplateSet.load(config.model.templates or self.policy.templates)
         self.islands = [
-            Island(config, parts, self.boxes, self.chat, self.engine, templates, name) for name, parts in sets.items()
+            Island(config, parts, self.boxes, self.chat, self.engine, templates, name, self._queue(name))
+            for name, parts in sets.items()
         ]
         self.client = client_for(config, run.path, self.engine, self.chat, self.policy)
         self.totals = Totals()
@@ -105,6 +108,8 @@ class Trainer:
             self.profile.begin(self.step, self.first, config.steps)
         self._turn()
         with self.phases("select"):
+            for island in self.islands:
+                island.admit(self.step)
             weights = [env.weight for env in config.environments.values()]
             sizes = shares(weights, config.rollout.problems, self.step)
             batches = [Batch.of(island, self.step, size) for island, size in zip(self.islands, sizes, strict=True)]
@@ -118,7 +123,7 @@ class Trainer:
             island, found = batch.island, validation.get(batch.island.name, {})
             parts[island.name] = IslandReport(
                 tuple(batch.groups), match, brood, born, self.client.ledger.sampled(island.name), found,
-                island.best(found, self.step == config.steps), batch.metrics(),
+                island.best(found, self.step == config.steps), batch.metrics(), tuple(island.reviewed),
             )
         seconds = time.perf_counter() - started
         common = {**overall(validation, config.shares), **counts, **self.phases.take()}
@@ -260,6 +265,8 @@ class Trainer:
         for island in self.islands:
             for problems in island.sets:
                 self.console.note(f"{island.name} {problems.part}: {problems}".lstrip())
+                where = {"env": island.name} if island.name else {}
+                self.run.log.event(0, "problems", **problems.facts(), **where)
         roots = {island.name: island.population.root.id for island in self.islands}
         prompts = {name: [root] for name, root in roots.items()}
         found = self.evaluate("validation", prompts, self.config.evaluation.problems, "validation")
@@ -285,6 +292,15 @@ class Trainer:
         self.console.step(record)
         for note in (*done.notes(populations), *self.client.notes()):
             self.console.note(note)
+
+    def _queue(self, island: str) -> Queue | None:
+        """Where children wait for a person."""
+        return Queue(self.run.path, island) if self.config.reflection.review and self.config.mode != "rl" else None
+
+    def _waiting(self) -> tuple[str, ...]:
+        """How many children wait for a person, and what can be done about it."""
+        waiting = sum(len(island.queue or ()) for island in self.islands)
+        return (f"children that wait for a person: {waiting:,}; espl-train review {self.run.path}",) if waiting else ()
 
     def _populations(self) -> dict[str, Population]:
         return {island.name: island.population for island in self.islands}
@@ -328,6 +344,7 @@ class Trainer:
             self.run.log.event(self.step, "test", scores={s.name: s.mean for s in table}, best=best[name], **where)
             tables[name] = [*report.validation_table(histories[name], root, best[name]), *table]
         self.policy.save_adapter(self.run.path / "policy")
+        write_prompts(Snapshot.of(self.run.path), self.run.path / "export", "best", "../policy")
         notes = report.notes(self.config.evaluation, chosen=best != roots)
         return Summary(
             run=self.run.path,
@@ -340,6 +357,7 @@ class Trainer:
             scores=report.mixed(tables, self.config.shares),
             history=tuple(history),
             notes=(
-                *self.boxes.notes(), *notes, *archipelago.notes(self.islands), *opened, *self.client.ledger.table()
+                *self.boxes.notes(), *notes, *archipelago.notes(self.islands), *opened, *self.client.ledger.table(),
+                *self._waiting(),
             ),
         )

@@ -67,6 +67,7 @@ class IslandReport:
     validation: Mapping[str, float]
     best: str                                # the prompt of the moment; after the last step the chosen one
     batch: Mapping[str, float] = field(default_factory=dict)     # how it came about: dynamic sampling, shaping
+    reviewed: tuple[Mapping[str, Any], ...] = ()                 # what a person has decided, who waits for it
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -101,11 +102,11 @@ class IslandReport:
         """Every decision on the island, for events.jsonl: what it was, and its details."""
         if self.match is not None:
             yield "match", dict(self.match)
-        for event in self.bred.events if self.bred else ():
+        for event in (*(self.bred.events if self.bred else ()), *self.reviewed):
             yield event["event"], {key: value for key, value in event.items() if key not in ("event", "step")}
-        for child in self.born:
         for younger, older in self.bred.retired.items() if self.bred else ():
             yield "retired", {"prompt": younger, "like": older}
+        for child in self.born:
             yield "born", {**asdict(child), "rating": asdict(population.rating(child.id))}
 
     def notes(self, population: Population) -> Iterator[str]:
@@ -124,6 +125,9 @@ class IslandReport:
             change = "; ".join(f"“{text}”" for text in new) or "nothing new"
             dropped = f", {gone} dropped" if gone else ""
             yield f"{child.id} born by {child.operator} of {' and '.join(child.parents)}: {change}{dropped}"
+        for event in self.reviewed:
+            if event["outcome"] not in ("accepted", "edited"):
+                yield f"{event['id']} {event['outcome']}: {event['detail']}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,8 @@ class Population:
         prompt = SystemPrompt(own, child.principles, child.operator, child.parents, born=step, last_id=child.last_id)
         self._born += 1
         self._prompts[prompt.id], self._games[prompt.id] = prompt, 0
-        self._beliefs = self._beliefs.born(prompt.id, () if child.operator == "immigrant" else child.parents)
+        living = [parent for parent in child.parents if parent in self]
+        self._beliefs = self._beliefs.born(prompt.id, () if child.operator == "immigrant" else living)
         self.lineage.add(prompt, child.origins)
         return prompt
 
