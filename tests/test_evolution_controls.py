@@ -15,7 +15,7 @@ from evolution_cases import ADD, Scripted, batch, breed, plan, setting, tasks, t
 from espl_envs.core.errors import EsplError
 from espl_envs.tasks.conventions import RULES, SYMBOLS
 from espl_train.config import RatingConfig
-from espl_train.evolution import operators
+from espl_train.evolution import breeding, operators
 from espl_train.evolution.breeding import Breeder, BreedingReport
 from espl_train.evolution.edits import fingerprint
 from espl_train.evolution.encounters import Encounter

@@ -245,7 +245,7 @@ def limited(limit: int, model: Scripted, **changes: Any) -> BreedingReport:
 
 
 def test_the_whole_prompt_has_a_budget_of_tokens() -> None:
-    """The root is 3 words and one more id; the addition 4 words and an id. The reviser is told, and asked again once."""
+    """The root is 3 words and one more id; the addition 4 words and an id. The reviser is told, and asked once more."""
     exact = OVERHEAD + 1 + 3 + 5
     assert len(limited(exact, Scripted(critique=plan(ADD))).children) == 1
     shorter = plan({"op": "merge", "ids": ["G2", "G3"], "text": "Draw, write."})
