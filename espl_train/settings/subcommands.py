@@ -41,6 +41,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "espl_train.export.command:main", "export RUN", "best prompt with its provenance, adapter, a ready request"
     ),
+    "lineage": Command(
+        "espl_train.genealogy:main", "lineage RUN [WHICH]", "who wrote each principle, from what, why, and how it did"
+    ),
     "transplant": Command(
         "espl_train.transplant.command:main", "transplant RUN …", "whose weights need whose prompt: a matrix of scores"
     ),
