@@ -46,10 +46,11 @@ class Trials:
         /,
         problems: Problems | None = None,
     ) -> dict[str, dict[int, list[float]]]:
-        """The rewards of every candidate on every task (an index into the split of `problems`), `samples` attempts each.
+        """The rewards of every candidate on every task (an index into the split of `problems`), `samples` attempts
+        each.
 
-        What faulted is left out, so a list may be empty. A name names a candidate for the whole iteration: with the same
-        name, task and weights the same episode is played again. Raises EsplError where too many episodes fault.
+        What faulted is left out, so a list may be empty. A name names a candidate for the whole iteration: with the
+        same name, task and weights the same episode is played again. Raises EsplError where too many episodes fault.
         """
         problems = problems or self._problems
         texts = {name: self._templates.system(principles) for name, principles in candidates.items()}

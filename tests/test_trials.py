@@ -1,4 +1,4 @@
-"""Trials: candidates are played by the weights of the moment; nothing learns from it, nothing is rated, all is counted."""
+"""Trials: candidates are played by the weights of the moment; nothing is learnt from it or rated, all is counted."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def by_candidate(key: RolloutKey, policy: int | None) -> float:
     """In trials "good" is always right; elsewhere every second sample is."""
+    del policy
     return float(key.prompt == "good") if key.split.startswith("trial") else float(key.sample % 2)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from espl_envs.core.tasks import Task
 from espl_train.config import EvolutionConfig
-from espl_train.evolution.edits import Limits, fingerprints
+from espl_train.evolution.acceptance import decide
+from espl_train.evolution.edits import Limits, fingerprints, refused_list, refused_text
 from espl_train.evolution.encounters import Encounters
 from espl_train.evolution.evidence import Evidence, shuffled
 from espl_train.evolution.guards import Canary, Duplicates, Guard
@@ -24,7 +25,7 @@ from espl_train.evolution.placebo import placebo
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Operator, Rating, SystemPrompt
 from espl_train.evolution.prune import Trial
-from espl_train.evolution.ratings import Match
+from espl_train.evolution.ratings import Match, scores
 from espl_train.evolution.reflection import Completer, Reflector, purpose
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 from espl_train.evolution.templates import TemplateSet
@@ -32,6 +33,7 @@ from espl_train.randomness import generator
 from espl_train.records import Group
 
 DIGITS = 6      # of a rating: beyond them two draws differ by rounding only
+Result = tuple[Operator, Child | Rejection]      # what an operator brought
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,11 @@ class Breeder:
         self._canary = Canary.of(seed) if config.canary else Canary()
         self._guard = Guard(config.max_words, special_tokens, self._canary)
         self._duplicates = Duplicates(config.duplicate_similarity)
+        self._shown: dict[int, list[int]] = {}      # step → problems that reflection looked at
         self.harbour = Harbour()            # what is known of principles that win on other islands
         count = (lambda principles: tokens(templates.system(principles))) if tokens else None
         limit = config.max_prompt_tokens
         self._limits = Limits(config.max_words, config.max_principles, self._guard.check, limit, count)
-        self._shown: dict[int, list[int]] = {}      # step → problems that reflection looked at
-        self.harbour = Harbour()            # what is known of principles that win on other islands
 
     async def breed(
         self,
@@ -103,14 +104,14 @@ class Breeder:
         reflector = Reflector(self._templates, complete, self._seed, step, self._canary.text)
         if not match.values:
             refused = Rejection(Reason.NO_MIXED_PROBLEM, "no problem that all prompts played")
-            return self._report(step, None, dict.fromkeys(OPERATORS, refused), {}, reflector, [])
+            return self._report(step, None, _all(refused), reflector, [])
         best = population[champion(match, after, self._config)]
         if population.crowded(match):
             refused = Rejection(Reason.CROWDED, "children wait for their first games (evolution.nursery)")
-            return self._report(step, best, dict.fromkeys(OPERATORS, refused), {}, reflector, [])
+            return self._report(step, best, _all(refused), reflector, [])
         if closed is not None:
             reflector.rejections[closed.reason] += 1
-            return self._report(step, best, dict.fromkeys(OPERATORS, closed), {}, reflector, [])
+            return self._report(step, best, _all(closed), reflector, [])
         active = [m.prompt for m in population.members if m.prompt.id not in population.aside]
         others = tuple(p for p in active if p.id != best.id)
         taken = {fingerprints(m.prompt.principles): m.prompt.id for m in population.members}
@@ -119,36 +120,78 @@ class Breeder:
             self._encounters.of(best.id, {p.id for p in others}), tasks, sum(len(g.rollouts) for g in groups), taken,
             self._config, self._limits, reflector, trial, self.harbour, [],
         )  # fmt: skip
+        self._shown[step] = [contrast.task for contrast in scene.contrasts]
         with purpose(prompt=best.id):
             results = await self._results(scene)
         if self._pool:
-        self._shown[step] = [contrast.task for contrast in scene.contrasts]
-            results = {o: self._placebo(step, o, population, result) for o, result in results.items()}
-        report = self._report(step, best, results, taken, reflector, scene.events)
+            results = [self._placebo(step, n, population, result) for n, result in enumerate(results)]
+        results = self._sifted(results, taken, reflector)
+        results = await self._accepted(scene, results, groups, match.problems)
+        report = self._report(step, best, results, reflector, scene.events)
         return replace(report, retired=self._retired(active))
 
-    async def _results(self, scene: Scene) -> dict[Operator, Child | Rejection]:
+    async def _results(self, scene: Scene) -> list[Result]:
         """What every operator brought: a child, or why not. None of them waits for another one's calls."""
-        config, results = scene.config, dict[Operator, Child | Rejection]()
+        config, refused = scene.config, dict[Operator, Rejection]()
         for name, way in OPERATORS.items():
             if not way.chance(config):
-                results[name] = Rejection(Reason.SWITCHED_OFF)
+                refused[name] = Rejection(Reason.SWITCHED_OFF)
             elif generator(self._seed, name, scene.step).random() >= way.chance(config):
-                results[name] = Rejection(Reason.NOT_DRAWN)
-        drawn = [name for name in OPERATORS if name not in results]
-        if any(OPERATORS[name].reads for name in drawn):
+                refused[name] = Rejection(Reason.NOT_DRAWN)
+        if any(way.reads for name, way in OPERATORS.items() if name not in refused):
             await summarise(scene.contrasts, scene.reflector, config)
-        bred = await asyncio.gather(*(OPERATORS[name].breed(scene) for name in drawn))
-        results |= dict(zip(drawn, bred, strict=True))
-        return {name: results[name] for name in OPERATORS}
+        drawn = [
+            (name, OPERATORS[name].breed(scene.again(number)))
+            for name in OPERATORS
+            if name not in refused
+            for number in range(config.mutations if name == "mutation" else 1)
+        ]
+        bred = await asyncio.gather(*(breeding for _, breeding in drawn))
+        found = [*refused.items(), *((name, child) for (name, _), child in zip(drawn, bred, strict=True))]
+        return sorted(found, key=lambda result: list(OPERATORS).index(result[0]))
 
-    def _placebo(
-        self, step: int, operator: Operator, population: Population, result: Child | Rejection
-    ) -> Child | Rejection:
-        if isinstance(result, Rejection):
+    def _placebo(self, step: int, number: int, population: Population, result: Result) -> Result:
+        operator, child = result
+        if isinstance(child, Rejection):
             return result
-        random = generator(self._seed, "placebo", step, operator)
-        return placebo(result, population[result.parents[0]], self._pool, random)
+        random = generator(self._seed, "placebo", step, operator, number)
+        return operator, placebo(child, population[child.parents[0]], self._pool, random)
+
+    def _sifted(
+        self, results: Sequence[Result], taken: Mapping[frozenset[str], str], reflector: Reflector
+    ) -> list[Result]:
+        """Let through the children that are new, in order, and that the guard has nothing against."""
+        sifted, children, taken = list[Result](), list[Child](), dict(taken)
+        for operator, result in results:
+            if isinstance(result, Child):
+                result = self._admitted(_novel(result, taken), children)
+                if isinstance(result, Rejection):
+                    reflector.rejections[result.reason] += 1
+                else:
+                    children.append(result)
+                    taken[fingerprints(result.principles)] = f"the {operator} child"
+            sifted.append((operator, result))
+        return sifted
+
+    async def _accepted(
+        self, scene: Scene, results: Sequence[Result], groups: Sequence[Group], problems: Sequence[int]
+    ) -> list[Result]:
+        """Let through those that hold their own in a trial, where one is asked for."""
+        children = {f"{o} {n}": c for n, (o, c) in enumerate(results) if isinstance(c, Child)}
+        if self._config.acceptance == "none" or scene.trial is None:
+            return list(results)
+        random = generator(self._seed, "acceptance", scene.step)
+        decisions = await decide(children, scores(groups), problems, scene.trial, self._config, random)
+        accepted = list(results)
+        for number, (operator, result) in enumerate(results):
+            if (decision := decisions.get(f"{operator} {number}")) is None:
+                continue
+            details = {key: value for key, value in asdict(decision).items() if key != "refused"}
+            scene.events.append({"event": "trial", "operator": operator, "accepted": not decision.refused, **details})
+            if decision.refused:
+                scene.reflector.rejections[decision.refused.reason] += 1
+            accepted[number] = operator, decision.refused or result
+        return accepted
 
     def _admitted(self, child: Child | Rejection, siblings: Sequence[Child]) -> Child | Rejection:
         """The child, or why the guard or its likeness to a known prompt keeps it out."""
@@ -176,59 +219,8 @@ class Breeder:
         """What judges every new text."""
         return self._guard
 
-    def state(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {
-            "evidence": self._evidence.to_json(),
-            "encounters": self._encounters.to_json(),
-            "duplicates": self._duplicates.state(),
-            "harbour": self.harbour.to_json(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` wrote down."""
-        self._evidence = Evidence.from_json(state["evidence"], self._config)
-        self._encounters = Encounters.from_json(state["encounters"], self._config.evidence_window)
-        self._duplicates.restore(state["duplicates"])
-        self.harbour = Harbour.from_json(state["harbour"])
-
-    def _report(
-        self,
-        step: int,
-        best: SystemPrompt | None,
-        results: Mapping[Operator, Child | Rejection],
-        taken: Mapping[frozenset[str], str],
-        reflector: Reflector,
-        noted: Sequence[dict[str, Any]],
-    ) -> BreedingReport:
-        """Let through the children that are new, in order, and write down what happened to the others."""
-        children, outcomes, taken = [], [], dict(taken)
-        for operator, result in results.items():
-            event: dict[str, Any] = {"event": operator, "step": step, "parent": best.id if best else None}
-            if isinstance(result, Child):
-                result = self._admitted(_novel(result, taken), children)
-                if isinstance(result, Rejection):
-                    reflector.rejections[result.reason] += 1
-            if isinstance(result, Rejection):
-                event |= {"outcome": result.reason.value, "detail": excerpt(result.detail, 400)}
-            else:
-                children.append(result)
-                taken[fingerprints(result.principles)] = f"the {operator} child"
-                event |= {"outcome": "child", "parents": list(result.parents)}
-                event["principles"] = {p.id: p.text for p in result.principles}
-            outcomes.append(event)
-        calls = sorted(reflector.events, key=lambda e: (e["stage"], e["index"], e["event"]))
-        counts = {reason.value: count for reason, count in sorted(reflector.rejections.items())}
-        events = [{"step": step, **event} for event in (*calls, *noted)] + outcomes
-        return BreedingReport(tuple(children), events, reflector.calls, counts, reflector.repaired)
-
-    @property
-    def guard(self) -> Guard:
-        """What judges every new text."""
-        return self._guard
-
     def examine(self, child: Child, population: Population, tasks: Mapping[int, Task]) -> Rejection | None:
-        """Why a child that a person let in, perhaps with words of their own, must stay outside: the same guards hold."""
+        """Why a child that a person let in, perhaps with other words, must stay outside: the same guards hold."""
         self._guard.learn(tasks)
         known = {text for member in population.members for text in member.prompt.texts}
         new = [p.text for p in child.principles if p.text not in known]
@@ -241,14 +233,58 @@ class Breeder:
         """The problems that reflection looked at in these steps, each once, in their order."""
         return list(dict.fromkeys(problem for step in steps for problem in self._shown.get(step, ())))
 
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "evidence": self._evidence.to_json(),
+            "encounters": self._encounters.to_json(),
+            "duplicates": self._duplicates.state(),
+            "harbour": self.harbour.to_json(),
+            "shown": {str(step): problems for step, problems in self._shown.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` wrote down."""
+        self._evidence = Evidence.from_json(state["evidence"], self._config)
+        self._encounters = Encounters.from_json(state["encounters"], self._config.evidence_window)
+        self._duplicates.restore(state["duplicates"])
+        self._shown = {int(step): list(problems) for step, problems in state["shown"].items()}
+        self.harbour = Harbour.from_json(state["harbour"])
+
+    def _report(
+        self,
+        step: int,
+        best: SystemPrompt | None,
+        results: Sequence[Result],
+        reflector: Reflector,
+        noted: Sequence[dict[str, Any]],
+    ) -> BreedingReport:
+        """The children in order, and in writing what happened to the others."""
+        children, outcomes = [], []
+        for operator, result in results:
+            event: dict[str, Any] = {"event": operator, "step": step, "parent": best.id if best else None}
+            if isinstance(result, Rejection):
+                event |= {"outcome": result.reason.value, "detail": excerpt(result.detail, 400)}
+            else:
+                children.append(result)
+                event |= {"outcome": "child", "parents": list(result.parents)}
+                event["principles"] = {p.id: p.text for p in result.principles}
+            outcomes.append(event)
+        calls = sorted(reflector.events, key=lambda e: (e["stage"], e["index"], e["event"]))
+        counts = {reason.value: count for reason, count in sorted(reflector.rejections.items())}
+        events = [{"step": step, **event} for event in (*calls, *noted)] + outcomes
+        return BreedingReport(tuple(children), events, reflector.calls, counts, reflector.repaired)
+
+
+def _all(refused: Rejection) -> list[Result]:
+    return [(operator, refused) for operator in OPERATORS]
+
 
 def champion(match: Match, after: Mapping[str, Rating], config: EvolutionConfig) -> str:
     """Who becomes a parent: the best mean skill once this batch is counted, or the best mean reward of the batch.
 
     The posterior remembers earlier batches; it is the mean and not the lower bound that counts, because the root plays
     most and would otherwise stay the parent for ever by being certain. Ties go to the better batch, then to the newer.
-            "shown": {str(step): problems for step, problems in self._shown.items()},
-            "harbour": self.harbour.to_json(),
     """
     skill = {p: round(after[p].mu, DIGITS) for p in match.values}
     if config.parent == "batch":
@@ -256,8 +292,6 @@ def champion(match: Match, after: Mapping[str, Rating], config: EvolutionConfig)
     return max(skill, key=lambda p: (skill[p], match.values[p], p))
 
 
-        self._shown = {int(step): list(problems) for step, problems in state["shown"].items()}
-        self.harbour = Harbour.from_json(state["harbour"])
 def _novel(child: Child, taken: Mapping[frozenset[str], str]) -> Child | Rejection:
     known = taken.get(fingerprints(child.principles))
     if known is None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -75,11 +76,26 @@ class Reflector:
 
     def __init__(self, templates: TemplateSet, complete: Completer, seed: int, step: int, canary: str = "") -> None:
         self.templates, self._canary = templates, canary
-        self.calls = 0
-        self.repaired = 0
+        self._counts: Counter[str] = Counter()
         self.rejections: Counter[Reason] = Counter()
         self.events: list[dict[str, Any]] = []
         self._complete, self._seed, self._step = complete, seed, step
+
+    @property
+    def calls(self) -> int:
+        """Calls that were made."""
+        return self._counts["calls"]
+
+    @property
+    def repaired(self) -> int:
+        """Replies that could be used after a repair call."""
+        return self._counts["repaired"]
+
+    def again(self, number: int) -> Reflector:
+        """The same calls with other seeds, for one more try at the same thing; the books are shared."""
+        other = copy(self)
+        other._seed = derive(self._seed, "again", number)
+        return other
 
     async def text(self, stage: Stage, index: int, values: Mapping[str, Any]) -> str | Rejection:
         """A stage's reply as plain text, or why there is none (counted)."""
@@ -132,7 +148,7 @@ class Reflector:
         if isinstance(repaired, Rejection):
             self._count("repair", index, repaired)
             return result
-        self.repaired += 1
+        self._counts["repaired"] += 1
         return repaired
 
     def _messages(
@@ -144,12 +160,12 @@ class Reflector:
     async def _ask(
         self, stage: Stage, index: int, messages: Sequence[Message], repairs: str = ""
     ) -> str | Rejection:
-        self.calls += 1
+        self._counts["calls"] += 1
         try:
             with purpose(stage=stage):
                 return await self._complete(messages, derive(self._seed, self._step, stage, index, repairs))
         except Declined as declined:
-            self.calls -= declined.reason is Reason.BUDGET
+            self._counts["calls"] -= declined.reason is Reason.BUDGET
             return Rejection(declined.reason, str(declined))
         except Exception as error:
             return Rejection(Reason.COMPLETION_FAILED, f"{type(error).__name__}: {excerpt(str(error))}")

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     NO_TRIAL = "no_trial"
     NO_MIGRANT = "no_migrant"
     ALL_NEEDED = "all_needed"
+    NOT_BETTER = "not_better"
     UNCHANGED = "unchanged"
     DUPLICATE_PROMPT = "duplicate_prompt"
     NOT_DRAWN = "not_drawn"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from espl_train import schedule
-from espl_train.config import Config, LearnerConfig
+from espl_train.config import Config, EvolutionConfig, LearnerConfig
 from espl_train.settings.options import ConfigError
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -18,6 +18,12 @@ VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 OURS = frozenset(("messages", "model", "temperature", "max_tokens", "max_completion_tokens", "seed", "n", "stream"))
 
 RESIDENTS = 4      # root, elite, mutation and crossover child of a step: none of them may be dropped at once
+
+BASELINES = ("writer", "evidence", "acceptance", "mutations")
+TRIALS = {
+    "acceptance_problems": ("minibatch", "best"), "acceptance_samples": ("minibatch", "best"),
+    "acceptance_margin": ("minibatch",),
+}  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -90,6 +96,11 @@ def _bounds(learner: LearnerConfig) -> Iterator[str]:
 def _schedule(config: Config) -> Iterator[str]:
     if config.schedule == "joint":
         return
+    if config.budget_rollouts and config.schedule != "alternating":
+        yield (
+            f"schedule is {config.schedule}, which turns after a share of the steps: with budget_rollouts the run "
+            "might end before its turn."
+        )
     if config.mode != "evolution_rl":
         yield (
             f"schedule is {config.schedule}, which parts the steps between prompts and weights, but in mode "
@@ -106,18 +117,18 @@ def _schedule(config: Config) -> Iterator[str]:
 
 
 def _evolution(config: Config) -> Iterator[str]:
+    yield from _baselines(config)
     if config.mode == "rl":
         return
     evolution, prompts = config.evolution, config.rollout.prompts
     rare = (evolution.prune_probability > 0) + (evolution.immigrant_probability > 0)
     if not evolution.mutate and evolution.crossover_probability == 0 and not rare and config.mode == "evolution":
         yield "mode is evolution, but mutation and crossover are both off: nothing would ever change."
-    if evolution.writer == "placebo" and evolution.evidence == "shuffled":
-        yield "evolution.writer is placebo, which reads no evidence: leave evolution.evidence = 'shuffled' out."
-    if evolution.capacity < (least := max(prompts, RESIDENTS + rare)):
+    more = rare + evolution.mutations - 1
+    if evolution.capacity < (least := max(prompts, RESIDENTS + more)):
         yield (
             f"evolution.capacity is {evolution.capacity}, but the population needs room for {least}: the root, the "
-            f"elite, {2 + rare} newborn children, and the {prompts} prompts of one step."
+            f"elite, {2 + more} newborn children, and the {prompts} prompts of one step."
         )
     if (count := len(evolution.root)) > evolution.max_principles:
         yield f"evolution.root has {count} principles, evolution.max_principles is {evolution.max_principles}."
@@ -127,6 +138,34 @@ def _evolution(config: Config) -> Iterator[str]:
             yield f"Principle {number} of evolution.root has {words} words, evolution.max_words is {most}."
         if not text.strip():
             yield f"Principle {number} of evolution.root is empty."
+
+
+def _baselines(config: Config) -> Iterator[str]:
+    """Settings of the baselines that would change nothing."""
+    evolution, usual = config.evolution, EvolutionConfig()
+    changed = [key for key in BASELINES if getattr(evolution, key) != getattr(usual, key)]
+    if changed and config.mode == "rl":
+        yield f"evolution.{changed[0]} is {getattr(evolution, changed[0])!r}, but mode is rl, which breeds nothing."
+    if evolution.writer == "placebo" and evolution.evidence == "shuffled":
+        yield "evolution.writer is placebo, which reads no evidence: leave evolution.evidence = 'shuffled' out."
+    for key, needed in TRIALS.items():
+        if getattr(evolution, key) != getattr(usual, key) and evolution.acceptance not in needed:
+            yield (
+                f"evolution.{key} is given, but evolution.acceptance is {evolution.acceptance}, which has no trial "
+                f"that it could be for: use --evolution.acceptance {' or '.join(needed)}."
+            )
+    if evolution.mutations > 1 and not evolution.mutate:
+        yield f"evolution.mutations is {evolution.mutations}, but evolution.mutate is off."
+    if evolution.mutations > 1 and not evolution.reflection_temperature:
+        yield (
+            f"evolution.mutations is {evolution.mutations} at evolution.reflection_temperature 0: they would be all "
+            "the same."
+        )
+    if evolution.pareto_scores == "validation" and evolution.selection != "pareto":
+        yield (
+            f"evolution.pareto_scores is validation, but evolution.selection is {evolution.selection}: nobody would "
+            "look at these scores; use --evolution.selection pareto."
+        )
 
 
 def _reflection(config: Config) -> Iterator[str]:
