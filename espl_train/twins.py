@@ -26,7 +26,8 @@ class Check:
 
     def facts(self) -> dict[str, Any]:
         """For the log."""
-        return {"prompt": self.prompt, "held": self.held, **(asdict(self.finding) if self.finding else {"finding": None})}
+        found = asdict(self.finding) if self.finding else {"finding": None}
+        return {"prompt": self.prompt, "held": self.held, **found}
 
     def note(self) -> str:
         """What a person should hear; nothing of a prompt that is above suspicion."""

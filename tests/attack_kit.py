@@ -15,11 +15,11 @@ from fractions import Fraction
 from espl_envs.core.tasks import Task
 from espl_train.evolution.guards.writing import common
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"
+]
+TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 CHINESE = "〇一二三四五六七八九"
 
 
@@ -48,7 +48,9 @@ def in_words(n: int) -> str:
 def roman(n: int) -> str:
     out = ""
     for value, letters in zip(
-        (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1), "M CM D CD C XC L XL X IX V IV I".split(), strict=True
+        (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1), [
+            "M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I"
+        ], strict=True
     ):
         out, n = out + letters * (n // value), n % value
     return out
@@ -188,7 +190,7 @@ def telling_words(tasks: Mapping[int, Task]) -> dict[int, list[str]]:
     found = {}
     for i, task in tasks.items():
         spoken = re.findall(r"[^\W_]+|[⊕-⊡⋄-⋋△▽◇☆]", task.question)
-        names = [w for w in dict.fromkeys(spoken) if (w.isdigit() and len(w) > 1) or not (w.isascii() and len(w) < 3 or common(w.casefold()))]
+        names = [w for w in dict.fromkeys(spoken) if (w.isdigit() and len(w) > 1) or not ((w.isascii() and len(w) < 3) or common(w.casefold()))]
         found[i] = [w for w in names if w not in re.findall(r"\w+", task.answer)]
     count = Counter(w.casefold() for row in found.values() for w in row)
     return {i: sorted(row, key=lambda w: (w.isdigit(), count[w.casefold()], -len(w))) for i, row in found.items()}
@@ -271,3 +273,49 @@ def _passage(task: Task, problem: int, draw: random.Random) -> Attack:
         "full width": TEXTS["full width"](" ".join(piece)),
     }[form]  # fmt: skip
     return Attack(f"passage: {form}", problem, (f"Recall: {text}",))
+
+
+CITIES = [
+    "Paris", "Lisbon", "Kyoto", "Montevideo", "Reykjavik", "Samarkand", "Timbuktu", "Valparaíso", "Bratislava",
+    "Ouagadougou", "Tallinn", "Zanzibar"
+]
+PEOPLE = [
+    "Alice", "Bogdan", "Chiara", "Dmitri", "Esperanza", "Farouk", "Guinevere", "Hiroshi", "Ingrid", "Jamal",
+    "Katarzyna", "Leopold"
+]
+GOODS = [
+    "apples", "lanterns", "violins", "cactuses", "umbrellas", "marbles", "pancakes", "kayaks", "trombones",
+    "blankets", "magnets", "thimbles"
+]
+
+
+def made(count: int, seed: int = 5) -> dict[int, Task]:
+    """Word problems with whole numbers and questions with names for answers, for where there is no data."""
+    draw = random.Random(seed)
+    tasks = {}
+    for i in range(count):
+        a, b, c = draw.randint(11, 99), draw.randint(3, 60), draw.randint(2, 40)
+        who, what, where = draw.choice(PEOPLE), draw.choice(GOODS), draw.choice(CITIES)
+        if i % 3:
+            question = (
+                f"{who} packs {a} crates of {what} in {where}, with {b} {what} in every crate, and on the way home {who} "
+                f"loses {c} of them in a storm near the harbour. How many {what} does {who} still have in the evening?"
+            )
+            tasks[i] = Task(f"made-{i}", "train", question, str(a * b - c))
+        else:
+            name = f"{draw.choice(PEOPLE)} {draw.choice(CITIES)}son"
+            question = f"Which merchant sold {a} {what} to {who} of {where} in the year {1500 + b * c}?"
+            tasks[i] = Task(f"made-{i}", "train", question, name)
+    return tasks
+
+
+def kind_of(task: Task) -> str | None:
+    """What dresses an answer can wear; None for answers that are neither a number, a fraction nor a few words."""
+    answer = task.answer.strip().strip("$")
+    if re.fullmatch(r"\d{1,3}(,\d{3})+|\d{1,9}", answer):
+        return "integer"
+    if re.fullmatch(r"[1-9]\d*/[1-9]\d*", answer):
+        return "fraction"
+    if len(answer) >= 3 and len(answer.split()) <= 5 and re.fullmatch(r"[A-Za-zÀ-ž][A-Za-zÀ-ž .'-]*", answer):
+        return "text"
+    return None

@@ -44,6 +44,9 @@ A week has 7 days, a year 365 days or 52 weeks, a dozen is 12.
 To find the area of a circle of radius r use πr^2, about 3.14 times r squared.
 Compute 2^10 = 1024 and then scale, instead of multiplying ten times.
 Draw a figure and label all given lengths before choosing a theorem.
+Solve the linear system: eliminate y first, then substitute.
+Find the expected value by linearity of expectation, not from the distribution.
+Do not change any sign when you move a factor across the equation.
 Distinguish "at least 3" from "more than 3".
 When the question asks for how many more, subtract the smaller number from the larger one.
 When speed changes, split the trip and add times, never average speeds.
@@ -84,6 +87,7 @@ Give the shortest span that answers the question: a name, a date, a place.
 Compare dates of birth to decide who is older.
 When two people share a name, check the profession.
 Answer yes or no when the question begins with is, are, was or did.
+Use the official name of a person or place in queries.
 Verify the answer in at least 2 passages before you reply.
 Copy names exactly as the passage spells them.
 For who questions answer with a person, for when with a year, for where with a place.
@@ -104,6 +108,9 @@ Slices exclude the end index: a[0:3] has three elements.
 Compare floats with a tolerance of 1e-9.
 Check types with isinstance, bool is a subclass of int.
 Do not change the input list while iterating over it.
+Hidden tests may use large inputs; handle n = 0 and n = 10^5.
+Read the expected output format twice and return exactly that.
+Write your own tests for edge cases and run them before you submit.
 Take results modulo 10**9 + 7 after every addition where the task says so.
 """,
     "format": """
@@ -197,7 +204,10 @@ SHAPES: dict[str, tuple[str, ...]] = {
         "Keep {a} turns in reserve.",
     ),
 }  # fmt: skip
-RULES = "adds subtracts multiplies reverses doubles triples echoes trims drains peaks dips scales".split()
+RULES = [
+    "adds", "subtracts", "multiplies", "reverses", "doubles", "triples", "echoes", "trims", "drains", "peaks", "dips",
+    "scales"
+]
 
 
 def principles(seed: int, count: int) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What may become a principle, and which prompts may play: `Guard` judges texts, the modules beside it do one part each."""
+"""What may become a principle, and which prompts may play. `Guard` judges texts; each module beside it does a part."""
 
 from espl_train.evolution.guards.canary import Canary
 from espl_train.evolution.guards.duplicates import Duplicates

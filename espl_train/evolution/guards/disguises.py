@@ -66,7 +66,7 @@ def disguised(text: str) -> Iterator[str]:
         yield joined
     yield bare[::-1]
     yield " ".join(word[::-1] for word in bare.split())
-    yield codecs.encode(bare, "rot13")
+    yield from {codecs.encode(text, "rot13"), codecs.encode(bare, "rot13")}
     if CIPHER.search(bare):
         yield from (_shifted(bare.casefold(), by) for by in range(1, 26))
 

@@ -22,22 +22,30 @@ LOOSELY = 0.7        # part of the threshold that texts must reach where behavio
 LEAST_SHARED = 20    # problems that two prompts must have met on before their behaviour says anything
 NO_MATTER = 0.1      # a difference in mean reward that would not matter
 FILLERS = frozenset(
-    "a an the of to in on at by for and or is are be it its this that these those with as you your so very always please "
-    "just also each do does make sure should must there".split()
+    [
+        "a", "an", "the", "of", "to", "in", "on", "at", "by", "for", "and", "or", "is", "are", "be", "it", "its",
+        "this", "that", "these", "those", "with", "as", "you", "your", "so", "very", "always", "please", "just",
+        "also", "each", "do", "does", "make", "sure", "should", "must", "there"
+    ]
 )
-NEGATIONS = frozenset("not no never none nor neither without avoid dont cannot refuse stop skip omit instead".split())
-DIRECTED = frozenset("befor after from than into over until unless rather first last per minus".split())      # stems
+NEGATIONS = frozenset([
+    "not", "no", "never", "none", "nor", "neither", "without", "avoid", "dont", "cannot", "refuse", "stop", "skip",
+    "omit", "instead"
+])
+DIRECTED = frozenset(map(stem, [
+    "before", "after", "from", "than", "into", "over", "until", "unless", "rather", "first", "last", "per", "minus",
+]))  # fmt: skip
 OPPOSITES = {
-    frozenset(pair.split("/")) for pair in (
-        "max/min maxim/minim maximum/minimum maximal/minimal largest/smallest larger/smaller highest/lowest increas/decreas "
-        "more/less more/fewer most/least most/fewest add/subtract plus/minus multiply/divid odd/even positiv/negativ left/right "
-        "up/down upper/lower first/last before/after long/short longer/shorter longest/shortest open/clos includ/exclud "
-        "inclusiv/exclusiv true/fals yes/no ascend/descend asc/desc early/lat earliest/latest always/never row/column sin/cos "
-        "numerator/denominator union/intersection expand/simplify high/low greater/less above/below inside/outside"
-    ).split()
+    frozenset(map(stem, pair.split("/"))) for pair in [
+        "max/min", "maximise/minimise", "maximize/minimize", "maximum/minimum", "maximal/minimal", "largest/smallest",
+        "larger/smaller", "highest/lowest", "increase/decrease", "more/less", "more/fewer", "most/least", "most/fewest",
+        "add/subtract", "plus/minus", "multiply/divide", "odd/even", "positive/negative", "left/right", "up/down",
+        "upper/lower", "first/last", "before/after", "long/short", "longer/shorter", "longest/shortest", "open/close",
+        "include/exclude", "inclusive/exclusive", "true/false", "yes/no", "ascending/descending", "asc/desc",
+        "early/late", "earliest/latest", "row/column", "sin/cos", "numerator/denominator", "union/intersection",
+        "expand/simplify", "high/low", "greater/less", "above/below", "inside/outside", "wrong/right", "same/different",
+    ]
 }  # fmt: skip
-
-
 Meetings = Mapping[tuple[str, str], Sequence[tuple[Sequence[float], ...]]]      # rewards where two prompts met
 
 
@@ -53,7 +61,7 @@ def similarity(one: str, other: str) -> float:
         return float(first == second)
     if DIRECTED & {*first, *second}:
         return SequenceMatcher(None, first, second, autojunk=False).ratio()
-    return len(set(first) & set(second)) / len(set(first) | set(second))
+    return len({*first} & {*second}) / len({*first} | {*second})
 
 
 def likeness(one: Sequence[str], other: Sequence[str]) -> float:
@@ -133,7 +141,10 @@ class Duplicates:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"alive": {k: list(v) for k, v in self._alive.items()}, "tabu": {k: list(v) for k, v in self._tabu.items()}}
+        return {
+            "alive": {name: list(texts) for name, texts in self._alive.items()},
+            "tabu": {name: list(texts) for name, texts in self._tabu.items()},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` wrote down."""
@@ -162,9 +173,9 @@ def _figures(content: Sequence[str]) -> list[str]:
 
 
 def _variance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of the difference of two means, from the spread of the attempts; never 0: few attempts that agree prove little."""
+    """Of the difference of two means, from the spread of the attempts; never 0: few attempts prove little."""
     total = 0.0
     for values in (one, other):
-        mean = (math.fsum(values) + 0.5) / (len(values) + 1)      # half an attempt more: a rate of 0 or 1 is not certain
+        mean = (math.fsum(values) + 0.5) / (len(values) + 1)      # half an attempt more: no rate is certain
         total += max(mean * (1 - mean), 0.05) / len(values)
     return total

@@ -9,33 +9,38 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 from espl_envs.core.tasks import Task
 from espl_train.evolution.guards import disguises
+from espl_train.evolution.guards.answers import (
+    EVERYDAY,
+    LEAST_DIGITS,
+    answers,
+    lone_number,
+    long_texts,
+    places,
+    telling_number,
+    telling_text,
+)
 from espl_train.evolution.guards.numerals import Readings, number, readings
-from espl_train.evolution.guards.passages import WORDS, Passages
+from espl_train.evolution.guards.passages import Passages
 from espl_train.evolution.guards.pointing import Pointing
 from espl_train.evolution.guards.spelled import digits_for_words
 from espl_train.evolution.guards.writing import common, words
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 
-LEAST_DIGITS, LEAST_LETTERS = 3, 4
 LEAST_DISGUISED = 5                       # letters of an answer that cannot come out of a cipher by accident
-LEAST_PLACES, MOST_PLACES = 3, 15         # decimals of a rounded fraction
+LEAST_PLACES = 3                          # decimals of a rounded fraction
 COMMON_COUNT, COMMON_SHARE = 3, 0.05      # a text that so many problems, and that part of them, answer is a label
 LONGEST_ANSWER = 24                       # words; longer ones are passages
-GIVEN_AS, ASSERTED, PLAIN, ACROSS = 3.0, 8.0, 14.0, 12.0
-# margins in bits: "the answer is 7", 7 in a text that speaks of answers, in any text, in another text than the problem
+GIVEN_AS, ASSERTED, PLAIN = 3.0, 8.0, 14.0     # margins in bits: "the answer is 7", 7 near "answer", 7 anywhere
+ACROSS = 4.0                              # more where the answer stands in another text than the problem
 LAYERS = 2                                # codes within codes
 SEAM = 90                                 # characters on each side of the border of two texts
-EVERYDAY = frozenset(map(Fraction, (
-    "120 128 144 180 255 256 270 360 365 366 404 512 540 720 999 1024 2048 4096 8192 9999 32767 32768 65535 65536 99999 "
-    "999999 1000000007 998244353 2147483647 2147483648 4294967296 3.14 3.142 3.1416 3.14159 2.718 2.71828 1.414 1.4142 "
-    "1.732 0.125 0.375 0.001 0.999 9.81 6.28 101 100000007"
-).split())) - {Fraction("0.125"), Fraction("0.375")}  # fmt: skip
 ASSERTION = re.compile(
     r"\b(?:answer|result|solution|reply|respond|output|print|say|guess|submit|boxed?|it is|its|equals)\b|→|=>|->|:|="
 )
@@ -101,12 +106,12 @@ class Leaks:
 
     def _remember(self, problem: int, answer: str) -> None:
         value, spoken = number(answer), words(answer)
-        if value is None and (found := _lone_number(answer)) is not None:
+        if value is None and (found := lone_number(answer)) is not None:
             self._numbers.setdefault(found, set()).add(problem)
         if value is not None:
             value = abs(value)
             self._numbers.setdefault(value, set()).add(problem)
-            if (_places(value) or 0) >= LEAST_PLACES or _places(value) is None:
+            if (places(value) or 0) >= LEAST_PLACES or places(value) is None:
                 insort(self._inexact, value)
         elif 0 < len(spoken) <= LONGEST_ANSWER:
             key = "".join(spoken)
@@ -126,7 +131,7 @@ class Leaks:
 
     def _passage(self, text: str) -> Rejection | None:
         piece = self._passages.find(text)
-        return piece and Rejection(Reason.LEAKED_PROBLEM, f"words of a training problem: {excerpt(piece)}") or None
+        return (piece and Rejection(Reason.LEAKED_PROBLEM, f"words of a training problem: {excerpt(piece)}")) or None
 
     def _read(self, text: str, hits: Hits, layer: int = 0) -> None:
         """Add the answers in a text, in what is encoded in it and in what it is disguised as."""
@@ -176,10 +181,10 @@ class Leaks:
 
     def _rounded(self, value: Fraction) -> bool:
         """Whether a decimal is an answer cut or rounded to its places."""
-        places = _places(value)
-        if places is None or places < LEAST_PLACES or value in EVERYDAY:
+        count = places(value)
+        if count is None or count < LEAST_PLACES or value in EVERYDAY:
             return False
-        step = Fraction(1, 10**places)
+        step = Fraction(1, 10**count)
         at = bisect_left(self._inexact, value - step)
         return at < len(self._inexact) and self._inexact[at] < value + step
 
@@ -187,14 +192,14 @@ class Leaks:
         """Whether an answer in words is telling, and no label that many problems share."""
         return key in self._telling and len(self._texts[key]) < max(COMMON_COUNT, COMMON_SHARE * self._count)
 
-    def _points(self, text: str, hits: Hits, margin: float | None = None) -> bool:
-        """Whether the text points at a problem that has one of the vague answers."""
+    def _points(self, text: str, hits: Hits, more: float = 0.0) -> bool:
+        """Whether the text points at a problem that has one of the vague answers, with `more` bits than usual."""
         lower = text.casefold()
         spoken = words(digits_for_words(lower))
         usual = ASSERTED if ASSERTION.search(lower) else PLAIN
         for key, written in hits.vague.items():
             holders = self._texts[key] if isinstance(key, str) else self._numbers[key]
-            needed = self._pointing.required(margin or (GIVEN_AS if key in hits.given else usual))
+            needed = self._pointing.required((GIVEN_AS if key in hits.given else usual) + more)
             known = self._pointing.bits(len(holders))
             if any(b + known >= needed for b in self._pointing.at(spoken, holders, written).values()):
                 return True
@@ -216,7 +221,8 @@ class Leaks:
         inside = {*self._found(before), *self._found(after)}
         if any(map(self._tells, {*self._found(before + after)} - inside)):
             return True
-        left, right = re.search(r"(\d[\d,.]*)\W*$", digits_for_words(one)), re.match(r"\W*(\d[\d,.]*)", digits_for_words(other))
+        left = re.search(r"(\d[\d,.]*)\W*$", digits_for_words(one))
+        right = re.match(r"\W*(\d[\d,.]*)", digits_for_words(other))
         return bool(left and right) and self._is_telling(left[1].strip(".,") + right[1].strip(".,"))
 
     def _halves(self, one: str, other: str) -> bool:
@@ -231,69 +237,8 @@ class Leaks:
         return spelled in self._texts and self._tells(spelled)
 
 
-def answers(task: Task) -> tuple[str, ...]:
-    """The answer, and what else counts as it (`data["accepted"]`)."""
-    return (task.answer, *map(str, task.data.get("accepted", ())))
-
-
-def long_texts(task: Task) -> Iterator[str]:
-    """The answers and whatever the grader knows (solutions, tests, queries) that is long enough to be a passage."""
-    for text in (*answers(task), *_strings(task.data)):
-        if text.count(" ") >= WORDS - 1 or len(text) > 40:
-            yield text
-
-
-def telling_number(value: Fraction) -> bool:
-    """Whether a number (without sign) could hardly be part of general advice."""
-    if value in EVERYDAY:
-        return False
-    if value.denominator == 1:
-        digits = str(value.numerator)
-        return len(digits) >= LEAST_DIGITS and len(digits.rstrip("0")) > 1
-    if (places := _places(value)) is not None:
-        return len(str(value.numerator * 10**places // value.denominator).strip("0")) >= LEAST_DIGITS
-    digits = f"{value.numerator}{value.denominator}"
-    return len(digits) >= LEAST_DIGITS or (value.numerator > 1 and value.denominator >= 7)
-
-
-def telling_text(spoken: Sequence[str], named: bool = False) -> bool:
-    """Whether an answer in words could hardly be part of general advice. `named`: each of them has a capital."""
-    key = "".join(spoken)
-    if len(key) < LEAST_LETTERS and not (key.isdigit() and len(key) >= LEAST_DIGITS):
-        return False
-    if all(w.isdigit() for w in spoken):
-        return any(int(b) - int(a) != 1 for a, b in zip(spoken, spoken[1:], strict=False))
-    if sum(c.isdigit() for c in key) >= LEAST_DIGITS:
-        return True
-    if not all(w.isdigit() or common(w) for w in spoken):
-        return True
-    return len(spoken) > (1 if named else 2) and len(key) >= 2 * LEAST_LETTERS
-
-
-def _places(value: Fraction) -> int | None:
-    """How many decimals write a value exactly; None where too many would be needed."""
-    return next((p for p in range(MOST_PLACES) if (value * 10**p).denominator == 1), None)
-
-
-def _lone_number(answer: str) -> Fraction | None:
-    """The number in an answer of one number and at most two words ("1,038 metres")."""
-    found = re.findall(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?", answer)
-    return number(found[0]) if len(found) == 1 and len(words(answer)) <= len(words(found[0])) + 2 else None
-
-
 def _all(found: Readings) -> set[Fraction]:
     return found.firm | found.loose
-
-
-def _strings(data: object) -> Iterator[str]:
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, Mapping):
-        for value in data.values():
-            yield from _strings(value)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            yield from _strings(value)
 
 
 def _tail(text: str) -> str:
@@ -310,5 +255,5 @@ def _fragments(text: str, cue: re.Pattern[str]) -> set[str]:
     for lower in dict.fromkeys((text.casefold(), digits_for_words(text.casefold()))):
         for match in cue.finditer(lower):
             near = words(lower[match.end() : match.end() + 60])[:NEAR]
-            found |= {*near, *(a + b for a, b in zip(near, near[1:], strict=False))}
+            found |= {*near, *(a + b for a, b in pairwise(near))}
     return found

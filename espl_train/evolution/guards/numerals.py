@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 from espl_envs.grading.expressions import Algebra, evaluate
 from espl_train.evolution.guards.spelled import digits_for_words
@@ -114,7 +115,7 @@ def number(text: str) -> Fraction | None:
 def _chains(text: str, found: Readings) -> None:
     """Digits in groups: as they stand, as thousands, as decimals, and run together."""
     for match in CHAIN.finditer(text):
-        groups = [g for g in SEPARATOR.split(match[0])][:LARGEST_RUN]
+        groups = SEPARATOR.split(match[0])[:LARGEST_RUN]
         gaps = SEPARATOR.findall(match[0])[: len(groups) - 1]
         for i, group in enumerate(groups):
             within = (i and gaps[i - 1] == ".") or (i < len(gaps) and gaps[i] == ".")
@@ -132,12 +133,12 @@ def _chains(text: str, found: Readings) -> None:
 def _joined(groups: list[str], gaps: list[str], whole: bool, found: Readings) -> None:
     value = Fraction("".join(groups)[:40])
     alike = len({gap.strip() or " " for gap in gaps}) == 1
-    if alike and gaps[0].strip() in ("", ",", ".", "'", "’", "_", "`", "·"):
-        if len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:]) and groups[0] != "0":
-            found.firm.add(value)
-            return
+    thousands = len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:]) and groups[0] != "0"
+    if thousands and alike and gaps[0].strip() in ("", ",", ".", "'", "’", "_", "`", "·"):
+        found.firm.add(value)
+        return
     single = all(len(g) == 1 for g in groups)
-    rising = all(int(a) < int(b) for a, b in zip(groups, groups[1:], strict=False))
+    rising = all(int(a) < int(b) for a, b in pairwise(groups))
     listed = not alike or gaps[0].strip() in (",", ";", "/", ":", "+", "*")
     spelled = single and len(groups) > 2 and (not listed or (whole and alike and len(groups) > 3 and not rising))
     paired = not gaps[0].strip() and alike and all(len(g) == 2 for g in groups)

@@ -25,26 +25,29 @@ ORDERS = re.compile(
             # to the one who writes edits
             r"\b(?:reviewer|reflector|critic|editor|summari[sz]er|judge|grader|evaluator|verifier)s?\b[\s,:]*(?:must|should|"
             r"shall|please|will|never|always|output|reply|return|answer|keep|mark|accept|give|write)\b",
-            r"\b(?:output|reply with|return|respond with|write)\s+(?:only\s+)?(?:the\s+)?(?:an\s+)?"
+            r"\b(?:output|reply with|respond with|answer with)\s+(?:only\s+)?(?:the\s+)?(?:an\s+)?"
             r"(?:\[\s*\]|empty (?:json )?(?:list|array)|\[?\s*\{\s*[\"']?op\b)",
             r"[\"']op[\"']\s*:",
-            r"\b(?:do not|don't|never|must not)\s+(?:ever\s+)?(?:remove|edit|modify|delete|merge|change|replace)\s+(?:this|these|"
-            r"any|g\d+)\s*(?:principle|rule|line|entry|set)?",
+            r"\b(?:do not|don't|never|must not)\s+(?:ever\s+)?(?:remove|edit|modify|delete|merge|change|replace)\s+"
+            r"(?:g\d+|(?:this|these|any)\s+(?:principle|rule|line|entry|set)s?)\b",
             r"\b(?:copy|repeat|keep|preserve)\s+this\s+(?:principle|rule|line|sentence|text)\b",
             r"</?\s*(?:data|evidence|attempt|instructions?|prompt)\b[^>]{0,60}>?",
-            r"(?:^|[\s\"'(])(?:system|assistant|user|developer)\s*:\s",
-            r"\byou are now\b|\bnew (?:system )?instructions?\s*:|\bact as (?:the |a )?(?:system|developer|admin|grader)",
+            r"(?:^|[.!?\"'(]\s*)(?:system|assistant|user|developer)\s*:",
+            r"\byou are now\b|\bnew (?:system )?instructions?\s*:",
+            r"\bact as (?:the |a )?(?:system|developer|admin|grader)\b",
             # to be scored without having solved anything
+            r"\b(?:submit|read|open|find|use|print|copy|look at|cat|access|with)\b[^.]{0,30}"
             r"\b(?:hidden|secret|private)\s+(?:test|unit test|grader|check|answer|solution)s?\b",
-            r"\b(?:print|return|output|hard-?code|copy|echo|submit|write|read|look up|find|use|guess)\s+{0}"
-            r"(?:expected|reference|gold|golden|ground[- ]truth|official)\s+(?:output|answer|result|solution|value|query)s?"
-            .replace("{0}", _THESE),
+            r"\b(?:print|return|output|copy|echo|submit|write|read|look up|find|use|guess)\s+{0}"
+            r"(?:expected\s+(?:output|answer)|"
+            r"(?:reference|gold|golden|ground[- ]truth|official)\s+(?:output|answer|result|solution|value|query))s?\b"
+            r"(?!\s+(?:format|type|shape|schema))".replace("{0}", _THESE),
             r"\bhard-?cod(?:e|ed|ing)\b(?=.{0,40}\b(?:answer|output|test|case|result|value)s?\b)",
             r"\b(?:special-?cas(?:e|ing)|detect|recogni[sz]e|memori[sz]e)\s+{0}(?:test|expected|training)\s+"
             r"(?:case|input|output|answer|problem|question)s?".replace("{0}", _THESE),
-            r"\b(?:fool|trick|deceive|manipulate|exploit|game|cheat|hack|convince|overwrite|patch|monkey-?patch|disable|kill)\s+"
-            r"{0}(?:grader|judge|scorer|verifier|checker|evaluator|evaluation|reward|test harness|tests|assert\w*|user)\b"
-            .replace("{0}", _THESE),
+            r"\b(?:fool|trick|deceive|manipulate|exploit|game|cheat|hack|convince|overwrite|(?:monkey-?)?patch|disable)"
+            r"\s+{0}(?:grader|judge|scorer|verifier|checker|evaluator|evaluation|reward|test harness|tests|assert\w*|user)"
+            r"\b".replace("{0}", _THESE),
             r"\b(?:sys\.exit|os\._exit|exit)\s*\(\s*0\s*\)",
             r"\b__eq__\b|\balways (?:return|evaluate to|compare) (?:true|equal)\b",
         )
