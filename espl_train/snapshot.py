@@ -97,7 +97,8 @@ class Snapshot:
         if slash and island not in self.populations:
             known = ", ".join(name for name in self.populations if name) or "one, without a name"
             raise EsplError(f"the run {self.folder} has no environment {island!r}; it has: {known}")
-        return [(name, self.prompt(rest, name)) for name in ([island] if slash else self.populations)]
+        homes = [island] if slash else [name for name, members in self.populations.items() if which in members]
+        return [(name, self.prompt(rest, name)) for name in homes or self.populations]
 
     def find_one(self, which: str) -> tuple[str, SystemPrompt]:
         """The same, where it is one. Raises EsplError where the run has several environments and none is named."""

@@ -124,7 +124,7 @@ def breed_simply(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def breed(
         self: Breeder, step: int, population: Population, groups: Sequence[Group], tasks: Mapping[int, Task],
-        complete: object, **more: object,
+        complete: object, *more: object,
     ) -> BreedingReport:
         del self, groups, tasks, complete, more
         child = Child((Principle("G1", f"Rule of step {step}."),), "mutation", (population.root.id,), 1)

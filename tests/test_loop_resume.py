@@ -51,8 +51,8 @@ def play(run: RunDirectory, console: Console) -> None:
 
 def contents(folder: Path) -> dict[str, Any]:
     """All that a run leaves, but for seconds."""
-    def timeless(line: str) -> dict[str, Any]:
-        return {k: v for k, v in json.loads(line).items() if not k.endswith("seconds")}
+    def timeless(line: str) -> Any:
+        return untimed(json.loads(line))
 
     found: dict[str, Any] = {
         name: [timeless(line) for line in (folder / name).read_text().splitlines()]
@@ -61,8 +61,14 @@ def contents(folder: Path) -> dict[str, Any]:
     for path in sorted((folder / "rollouts").iterdir()):
         found[path.name] = [timeless(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
     step, payloads = checkpoint.load_newest(folder / "checkpoints")
-    payloads["state"]["totals"].pop("seconds")
-    return {**found, "step": step, "state": payloads["state"], "learner": payloads["learner"]}
+    return {**found, "step": step, "state": untimed(payloads["state"]), "learner": payloads["learner"]}
+
+
+def untimed(state: Any) -> Any:
+    """Plain data without any seconds."""
+    if isinstance(state, dict):
+        return {key: untimed(value) for key, value in state.items() if not str(key).endswith("seconds")}
+    return [untimed(value) for value in state] if isinstance(state, list) else state
 
 
 def same(a: Any, b: Any) -> bool:

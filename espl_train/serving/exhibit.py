@@ -25,13 +25,15 @@ OWN = ("model.dtype", "model.revision", *FREE)          # … and chosen for a m
 
 @dataclass(frozen=True)
 class Exhibit:
-    """kind: "run" or "model". prompt: the id of the system prompt, "" without one. Nothing is loaded yet."""
+    """kind: "run" or "model". prompt: the id of the system prompt, "" without one. island: the environment of the run
+    that the prompt was bred on, by its name there. Nothing is loaded yet."""
 
     kind: str
     offer: Offer
     config: Config
     prompt: str = ""
     run: Snapshot | None = None
+    island: str = ""
 
     @classmethod
     def of(cls, target: str, prompt: str | None, overrides: Mapping[str, Any]) -> Exhibit:
@@ -61,7 +63,7 @@ class Exhibit:
     def _run(cls, folder: Path, prompt: str, overrides: Mapping[str, Any]) -> Exhibit:
         run = Snapshot.of(folder)
         config = override(run.config, {"engine.deterministic": False, **overrides})
-        chosen = None if prompt == "none" else run.find_one(prompt)[1]
+        island, chosen = (next(iter(run.populations)), None) if prompt == "none" else run.find_one(prompt)
         offer = Offer(
             name=run.name,
             policy=0,                                       # known once the weights are loaded
@@ -70,11 +72,12 @@ class Exhibit:
             max_tokens=min(config.rollout.max_new_tokens, config.rollout.max_total_tokens),
             seed=config.seed,
         )
-        return cls("run", offer, config, chosen.id if chosen else "", run)
+        return cls("run", offer, config, chosen.id if chosen else "", run, island)
 
     def to_json(self) -> dict[str, Any]:
         """What somebody needs to know who is going to ask for replies."""
-        tools = self.config.env.args.get("tool_syntax", "text") if self.kind == "run" else "native"
+        trained = self.config.environments[self.island].args
+        tools = trained.get("tool_syntax", "text") if self.kind == "run" else "native"
         return {
             "kind": self.kind, "name": self.offer.name, "model": self.config.model.path, "prompt": self.prompt,
             "system_prompt": self.offer.system_prompt if self.prompt else None,
