@@ -109,10 +109,10 @@ def test_principles_that_are_all_needed_stay(monkeypatch: pytest.MonkeyPatch) ->
     detail = next(e["detail"] for e in report.events if e["event"] == "prune")
     assert "missed least" in detail and "±" in detail
     safe = kept(one_of_eight_problems_each)
-    monkeypatch.setattr(prune, "DECISIVE", 1e9)       # whatever was least useful goes
-    assert kept(one_of_eight_problems_each) == 0 and safe > 0.6
+    monkeypatch.setattr(prune.Absence, "missed", False)       # whatever was least useful goes
+    assert kept(one_of_eight_problems_each) == 0 and safe > 0.8
     monkeypatch.undo()
-    assert kept(lambda _: 0.5) < 0.4, "useless ones mostly go"
+    assert kept(lambda _: 0.5) < 0.7, "useless ones go after a few draws"
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,8 +173,8 @@ def test_an_immigrant_has_seen_the_evidence_and_none_of_the_others_principles() 
     model = Scripted(summary=lambda text: "by p0001" if "attempt p0001" in text else "by p0000", critique=plan(ADD))
     people = settled()
     report = breed(model, batch(p0000=[[1, 0], [0, 0]], p0001=[[1, 0], [1, 1]]), IMMIGRATION, people)
-    immigrant, mutant = report.children
-    assert (immigrant.operator, mutant.operator) == ("immigrant", "mutation")
+    mutant, immigrant = report.children
+    assert (mutant.operator, immigrant.operator) == ("mutation", "immigrant"), "who has no name yet is the newest"
     assert [p.text for p in immigrant.principles] == ["Be exact.", ADD["text"]] and immigrant.parents == ("p0000",)
     critiques = [text for stage, text, _ in model.asked if stage == "critique"]
     theirs = [text for text in critiques if "Trust the examiner." not in text]
@@ -224,10 +224,10 @@ def test_operators_are_drawn_apart_and_off_by_default() -> None:
 def test_an_operator_that_brings_nothing_stops_no_other() -> None:
     config = setting(prune_probability=1.0, immigrant_probability=1.0, crossover_probability=1.0)
     report = breed(Scripted(critique=plan(ADD)), MIXED, config)
-    outcomes = [(e["event"], e["outcome"]) for e in report.events if e["event"] in operators.OPERATORS]
-    assert outcomes == [
-        ("immigrant", "no_rival"), ("prune", "no_trial"), ("crossover", "no_rival"), ("mutation", "child")
-    ]  # fmt: skip
+    outcomes = {e["event"]: e["outcome"] for e in report.events if e["event"] in operators.OPERATORS}
+    assert list(outcomes) == list(operators.OPERATORS), "one after the other, in the order of insertion"
+    wanted = {"prune": "no_trial", "crossover": "no_rival", "mutation": "child", "immigrant": "no_rival"}
+    assert outcomes | wanted == outcomes
 
 
 def words(text: str) -> int:

@@ -38,7 +38,7 @@ Result = tuple[Operator, Child | Rejection]      # what an operator brought
 
 @dataclass(frozen=True, slots=True)
 class BreedingReport:
-    """What a step of breeding brought: children in the order of insertion (mutation last), and why.
+    """What a step of breeding brought: children in the order of insertion, and why.
 
     `rejections` counts refused replies, plans and texts by reason; `events` are plain data for the log. `retired` are
     prompts that say and do what an older one says and does: younger → older.

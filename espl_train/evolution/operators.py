@@ -88,11 +88,12 @@ class Way:
     reads: bool = False
 
 
-# In the order of insertion: the last one is the newest of the population, who is sure to play.
+# In the order of insertion: the last one is the newest of the population, who is sure to play. The others have the good
+# name of their parents; an immigrant has none.
 OPERATORS: dict[Operator, Way] = {
-    "immigrant": Way(lambda config: config.immigrant_probability, _immigrate, reads=True),
     "prune": Way(lambda config: config.prune_probability, _prune),
     "migration": Way(lambda config: config.migration, _migrate),
     "crossover": Way(lambda config: config.crossover_probability, _cross),
     "mutation": Way(lambda config: float(config.mutate), _mutate, reads=True),
+    "immigrant": Way(lambda config: config.immigrant_probability, _immigrate, reads=True),
 }

@@ -18,8 +18,6 @@ from espl_train.evolution.prompts import Child, Principle, SystemPrompt
 from espl_train.evolution.ratings import ROUNDING, paired_difference
 from espl_train.evolution.rejections import Reason, Rejection
 
-DECISIVE = 1.0      # standard errors by which the whole prompt must win to stay whole; a draw goes to the shorter one
-
 Played = Mapping[str, Mapping[int, Sequence[float]]]        # candidate → problem → rewards
 
 
@@ -45,8 +43,9 @@ class Absence:
 
     @property
     def missed(self) -> bool:
-        """Whether the prompt is decidedly worse without it."""
-        return -self.gain > DECISIVE * self.error + ROUNDING
+        """Whether the prompt is worse without it. The standard error does not count: what may well do harm to lose is
+        kept, and what is useless will be drawn again."""
+        return self.gain < -ROUNDING
 
 
 async def prune(
