@@ -21,7 +21,7 @@ from espl_train.runs.metrics import JsonLines, read_lines
 SPENDING = "spending.jsonl"
 MOST = 5                    # prompts in the table
 BRIEF = ("calls", "prompt_tokens", "completion_tokens")
-HEAD = ("calls", "failed", "replayed", "prompt tokens", "sampled tokens", "seconds")
+HEAD = ("calls", "failed", "replayed", "tokens in", "tokens out", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
