@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from espl_train import schedule
 from espl_train.config import Config, EvolutionConfig, LearnerConfig
+from espl_train.evolution.guards.quarantine import LEAST
 from espl_train.settings.options import ConfigError
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -132,6 +133,11 @@ def _evolution(config: Config) -> Iterator[str]:
         )
     if (count := len(evolution.root)) > evolution.max_principles:
         yield f"evolution.root has {count} principles, evolution.max_principles is {evolution.max_principles}."
+    if evolution.answer_visibility == "none" and evolution.crossover_probability:
+        yield (
+            "evolution.answer_visibility is none, but crossover shows which prompt did better on which problem: use "
+            "--evolution.crossover_probability 0, or answer_visibility verdict."
+        )
     for number, text in enumerate(evolution.root, 1):
         if (words := len(text.split())) > evolution.max_words:
             most = evolution.max_words
@@ -144,6 +150,10 @@ def _baselines(config: Config) -> Iterator[str]:
     """Settings of the baselines that would change nothing."""
     evolution, usual = config.evolution, EvolutionConfig()
     changed = [key for key in BASELINES if getattr(evolution, key) != getattr(usual, key)]
+    if evolution.twin_problems and config.mode == "rl":
+        yield "evolution.twin_problems is given, but mode is rl: there is no prompt but the root to be checked."
+    if 0 < evolution.twin_problems < LEAST:
+        yield f"evolution.twin_problems is {evolution.twin_problems}: fewer than {LEAST} problems say nothing; 0 is off."
     if changed and config.mode == "rl":
         yield f"evolution.{changed[0]} is {getattr(evolution, changed[0])!r}, but mode is rl, which breeds nothing."
     if evolution.writer == "placebo" and evolution.evidence == "shuffled":
