@@ -52,7 +52,7 @@ class Matrix:
         scale = scale_of(every)
         table = np.stack(list(values.values()), axis=1)                     # (problems, cells)
         means = estimates(table, replicates(table, scale, "transplant"), scale)
-        found = [(contrast, _difference(contrast, values, scale)) for contrast in contrasts(plan)]
+        found = [(contrast, difference(contrast, values, scale)) for contrast in contrasts(plan)]
         return cls(
             plan, by_place, dict(zip(values, means, strict=True)), [(c, e) for c, e in found if e is not None]
         )
@@ -104,11 +104,11 @@ def _asked(plan: Plan) -> Iterator[Contrast]:
         yield Contrast("prompt alone", {(BASE, prompt): 1, bare: -1})
     for name, prompt in own.items():
         for other in trained:
+            theirs = (other, own.get(other, NONE))
+            if other not in own or trained.index(name) < trained.index(other):
+                yield Contrast("the two runs, each with its own prompt", {(name, prompt): 1, theirs: -1})
             if other != name:
-                yield Contrast("the two runs, each with its own prompt", {
-                    (name, prompt): 1, (other, own.get(other, NONE)): -1,
-                })
-                yield Contrast("a prompt on other weights", {(other, prompt): 1, (other, own.get(other, NONE)): -1})
+                yield Contrast("its prompt on the other's weights", {(other, prompt): 1, theirs: -1})
 
 
 def _values(cell: Cell, indices: Sequence[int]) -> np.ndarray:
@@ -117,7 +117,9 @@ def _values(cell: Cell, indices: Sequence[int]) -> np.ndarray:
     return np.array([math.fsum(found) / len(found) if found else math.nan for found in rewards])
 
 
-def _difference(contrast: Contrast, values: Mapping[At, np.ndarray], scale: Bounds) -> Estimate | None:
+def difference(contrast: Contrast, values: Mapping[At, np.ndarray], scale: Bounds) -> Estimate | None:
+    """A contrast over the problems that all its cells have a value [problems] for; None without any. `scale`: the
+    bounds of a value."""
     column = sum(sign * values[at] for at, sign in contrast.terms.items())
     most = len(contrast.terms) / 2
     bounds = None if scale is None else (-most, most)

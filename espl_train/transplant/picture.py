@@ -68,13 +68,8 @@ def _differences(axis: Any, shown: Sequence[Any]) -> None:
         colour = YES if low > 0 or high < 0 else NO
         axis.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
         axis.plot([found.mean], [y], marker="o", markersize=5, color=colour)
-    _ticks(axis.set_yticks, [contrast.question for contrast, _ in shown], 60)
-    for y, (contrast, found) in enumerate(shown):
-        place = found.mean if found.low is None else found.low
-        axis.annotate(
-            one_line(str(contrast), 80), (place, y), xytext=(0, 7), textcoords="offset points", fontsize=7.5,
-            color=MUTED, parse_math=False,
-        )
+    labels = [f"{contrast.question}\n{one_line(str(contrast), 72)}" for contrast, _ in shown]
+    axis.set_yticks(range(len(labels)), labels, parse_math=False, linespacing=1.35)
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.grid(True, axis="x", color=GRID, linewidth=1)
     axis.set_axisbelow(True)

@@ -66,12 +66,15 @@ class _Stage:
         collector = Collector(plan.problems.make, chat, engine, limits, plan.seed)
         try:
             _room(plan, chat, engine)
-            for number, (weights, row) in enumerate(groupby(self._cells, key=lambda cell: cell[0].name), 1):
-                for place, (one, prompt) in enumerate(row):
-                    if one.run is not None and place == 0:
-                        policy.load_state(self._adapters.get(one.run.folder) or _tensors(one.run), number)
-                        engine.load_policy(number)
-                    _cell(plan, collector, number if one.run else None, weights, prompt, store, console)
+            names = [weights.name for weights in plan.weights]
+            for name, row in groupby(self._cells, key=lambda cell: cell[0].name):
+                cells, version = list(row), names.index(name)
+                run = cells[0][0].run
+                if run is not None:
+                    policy.load_state(self._adapters.get(run.folder) or _tensors(run), version)
+                    engine.load_policy(version)
+                for _, prompt in cells:
+                    _cell(plan, collector, version if run else None, name, prompt, store, console)
         finally:
             collector.close()
             engine.close()

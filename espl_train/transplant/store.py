@@ -64,11 +64,7 @@ class Store:
 
     def cell(self, weights: str, prompt: str) -> Cell | None:
         """A cell that was played; None where it was not yet."""
-        file = self._file(weights, prompt)
-        if not file.is_file():
-            return None
-        data = json.loads(file.read_text("utf-8"))
-        return Cell(**{**data, "rewards": {int(task): rewards for task, rewards in data["rewards"].items()}})
+        return read_cell(self.path, weights, prompt) if self._file(weights, prompt).is_file() else None
 
     def keep(self, cell: Cell) -> None:
         """Write a cell down."""
@@ -88,7 +84,7 @@ class Store:
         return f"{self.there()} of {len(list(self._plan.cells))} cells are kept in {self.path}"
 
     def _file(self, weights: str, prompt: str) -> Path:
-        return self.path / CELLS / f"{weights}--{prompt}.json"
+        return _cell_file(self.path, weights, prompt)
 
     def _same(self) -> None:
         stored, wanted = json.loads((self.path / PLAN).read_text("utf-8")), json.loads(_json(self._plan.identity))
@@ -96,6 +92,16 @@ class Store:
             raise EsplError(
                 f"{self.path} holds another transplant (it differs in: {', '.join(changed)}): choose another --out"
             )
+
+
+def read_cell(path: Path, weights: str, prompt: str) -> Cell:
+    """A cell of the transplant in `path`."""
+    data = json.loads(_cell_file(path, weights, prompt).read_text("utf-8"))
+    return Cell(**{**data, "rewards": {int(task): rewards for task, rewards in data["rewards"].items()}})
+
+
+def _cell_file(path: Path, weights: str, prompt: str) -> Path:
+    return path / CELLS / f"{weights}--{prompt}.json"
 
 
 def _refuse_foreign(path: Path) -> None:

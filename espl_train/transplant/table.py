@@ -36,8 +36,15 @@ def _cells(matrix: Matrix) -> Table:
     table = _table("weights \\ prompt", *(prompt.name for prompt in matrix.plan.prompts))
     for weights in matrix.plan.weights:
         found = (matrix.means[weights.name, prompt.name] for prompt in matrix.plan.prompts)
-        table.add_row(Text(weights.name), *(Text(str(mean) if mean else "–") for mean in found))
+        table.add_row(Text(weights.name), *map(_cell, found))
     return table
+
+
+def _cell(mean: Estimate | None) -> Text:
+    if mean is None:
+        return Text("–")
+    interval = f"[{mean.low:.3f}, {mean.high:.3f}]" if mean.low is not None else ""
+    return Text.assemble((f"{mean.mean:.3f}", "bold"), "\n", (interval, "dim"))
 
 
 def _contrasts(matrix: Matrix) -> Table:
