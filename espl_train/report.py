@@ -119,12 +119,13 @@ class IslandReport:
         for younger, older in self.bred.retired.items() if self.bred else ():
             yield f"{younger} retires: it says and does what {older} says and does"
         for child in self.born:
-            before = {text for parent in child.parents if parent in population for text in population[parent].texts}
-            new = [text for text in child.texts if text not in before]
-            gone = len(before - set(child.texts))
-            change = "; ".join(f"“{text}”" for text in new) or "nothing new"
-            dropped = f", {gone} dropped" if gone else ""
-            yield f"{child.id} born by {child.operator} of {' and '.join(child.parents)}: {change}{dropped}"
+            before = population.lineage.principles(child.parents[0])
+            texts = [principle.text for principle in before.values()]
+            new = "; ".join(f"“{text}”" for text in child.texts if text not in texts)
+            gone = "; ".join(f"“{text}”" for text in texts if text not in child.texts)
+            change = ", ".join(part for part in (new, gone and f"without {gone}") if part) or "nothing new"
+            how = {"prune": "pruning", "immigrant": "immigration"}.get(child.operator, child.operator)
+            yield f"{child.id} born by {how} of {' and '.join(child.parents)}: {change}"
         for event in self.reviewed:
             if event["outcome"] not in ("accepted", "edited"):
                 yield f"{event['id']} {event['outcome']}: {event['detail']}"

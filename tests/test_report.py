@@ -129,12 +129,12 @@ def test_events_tell_the_match_a_skipped_update_the_breeding_and_every_birth() -
     assert births == [("born", child.id, people.rating(child.id).mu) for child in born]
 
 
-def test_notes_say_what_is_new_in_a_child_and_what_was_dropped() -> None:
+def test_notes_say_what_is_new_in_a_child_and_what_it_does_without() -> None:
     people, born = family()
     notes = list(iteration(born=born, update=UpdateReport(3, "no contrast")).notes(people))
     assert notes == [
-        "p0001 born by mutation of p0000: “Count twice.”, 1 dropped",
-        "p0002 born by crossover of p0000 and p0001: nothing new, 2 dropped",
+        "p0001 born by mutation of p0000: “Count twice.”, without “Draw.”",
+        "p0002 born by crossover of p0000 and p0001: without “Draw.”",
         "no weight update: no contrast",
     ]
 
