@@ -69,7 +69,7 @@ class Problems:
         if not isinstance(self.env.tasks, Twinned):
             return None
         args = {**self.args, "twins": self.args.get("twins", 0) + 1}
-        return replace(self, args=args, env=_open(self.env_id, args, self.split))
+        return replace(self, args=args, env=text_env(self.env_id, args, self.split))
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """All task indices, in the order of an epoch."""
@@ -130,7 +130,7 @@ class ProblemSets:
     @classmethod
     def of(cls, config: EnvConfig) -> ProblemSets:
         """Open the environments that the config names. Raises EsplError for unknown ids, missing data, empty sets."""
-        splits = _open(config.id, config.args).splits
+        splits = text_env(config.id, config.args).splits
         whole = config.holdout_from or (splits[0] if len(splits) == 1 else None)
         if whole is not None and whole not in splits:
             raise EsplError(f"{config.id} has no split '{whole}' to carve from; it has: {', '.join(splits)}")
@@ -151,7 +151,8 @@ class ProblemSets:
         return {"train": self.train, "validation": self.validation, "test": self.test}[part]
 
 
-def _open(env_id: str, args: dict[str, Any], split: str | None = None) -> TextEnv:
+def text_env(env_id: str, args: dict[str, Any], split: str | None = None) -> TextEnv:
+    """The bare environment. Raises EsplError for an unknown id, and for what is no text environment."""
     chosen = {} if split is None else {"split": split}
     env = espl_envs.make(env_id, **chosen, **args).unwrapped
     if not isinstance(env, TextEnv):
@@ -169,18 +170,18 @@ def _checked(problems: Problems) -> Problems:
 
 
 def _whole(part: Part, env_id: str, args: dict[str, Any], split: str) -> Problems:
-    declared = _open(env_id, args).splits
+    declared = text_env(env_id, args).splits
     if split not in declared:
         raise EsplError(
             f"{env_id} has no {split} split (it has: {', '.join(declared)}): name another environment to test on "
             f"(--env.test_id ID), or part one of its splits into three (--env.holdout_from {declared[0]})"
         )
-    env = _open(env_id, args, split)
+    env = text_env(env_id, args, split)
     return _checked(Problems(part, env_id, args, split, range(len(env.tasks)), env))
 
 
 def _carved(config: EnvConfig, split: str, part: Part) -> Problems:
-    env = _open(config.id, config.args, split)
+    env = text_env(config.id, config.args, split)
     indices = [i for i in range(len(env.tasks)) if carve(env.tasks[i].id) == part]
     return _checked(Problems(part, config.id, config.args, split, indices, env, carved=True))
 

@@ -86,8 +86,8 @@ class Snapshot:
     def best(self, island: str = "") -> SystemPrompt:
         """The prompt that the run names as its best: at its end the chosen one, before that the best rated."""
         population = self.populations[island]
-        record = next((row for row in reversed(self.records) if row.get("step") == self.step), {})
-        named = str(own(record, island).get("best"))
+        last = [row for row in self.records if row.get("step") == self.step][-1:]
+        named = str(own(last[0], island).get("best")) if last else ""
         return population[named if named in population else population.elite.id]
 
     def find(self, which: str) -> list[tuple[str, SystemPrompt]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -33,7 +34,10 @@ def document(run: Snapshot, prompt: SystemPrompt, island: str = "", asked: bool 
         "prompt": _prompt(run, prompt, island),
         "chosen": _chosen(run, asked),
         "lineage": list(_ancestry(prompt.id, lineage)),
-        "quarantine": None,
+        "guard": {
+            "set_aside": run.populations[island].aside.get(prompt.id),
+            "refusals": dict(sorted(_refusals(run, island).items())),
+        },
         "run": {
             "name": run.name, "step": run.step, "steps": run.config.steps, "finished": run.finished,
             "mode": run.config.mode, "seed": run.config.seed,
@@ -116,6 +120,12 @@ def _ancestry(prompt: str, lineage: Lineage) -> Iterator[dict[str, Any]]:
 
 def _texts(principles: Mapping[str, Principle]) -> dict[str, str]:
     return {name: principle.text for name, principle in principles.items()}
+
+
+def _refusals(run: Snapshot, island: str) -> Counter[str]:
+    """Why operators brought no child in the steps so far: reason → how often."""
+    rows = (row for row in run.events if row.get("env", "") == island and "outcome" in row)
+    return Counter(str(row["outcome"]) for row in rows if row["outcome"] != "child")
 
 
 def _entry(principle: str, texts: Mapping[str, str]) -> dict[str, str]:

@@ -64,8 +64,8 @@ def _facts(document: Document) -> Iterator[str]:
     yield f"- **rating**: {rating['mu']:.1f} ± {2 * rating['sigma']:.1f} ({rating['kind']}, {rating['games']} games)"
     yield f"- **validation**: {score(validation) if validation else 'never'}"
     yield f"- **test split**: {_opened(test['openings'])}"
-    if document["quarantine"]:
-        yield f"- **quarantine**: {span(str(document['quarantine']))}"
+    if why := document["guard"]["set_aside"]:
+        yield f"- **set aside**: {span(why)}"
 
 
 def _opened(openings: Sequence[Mapping[str, Any]]) -> str:

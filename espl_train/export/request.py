@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import espl_envs
 from espl_train.evolution.prompts import SystemPrompt
+from espl_train.problems import text_env
 from espl_train.snapshot import Snapshot
 
 QUESTION = "PUT YOUR QUESTION HERE"
@@ -20,7 +20,7 @@ def request(run: Snapshot, prompt: SystemPrompt, island: str = "") -> dict[str, 
     """The body of a request: the conversation as an episode begins with it, for a question that is still to be filled
     in, and how replies were sampled in evaluations."""
     settings, env = run.config, run.config.environments[island]
-    messages = espl_envs.make(env.id, **env.args).unwrapped.opening(QUESTION, run.text(prompt.principles))
+    messages = text_env(env.id, env.args).opening(QUESTION, run.text(prompt.principles))
     return {
         "model": run.name,
         "messages": [message.to_openai() for message in messages],

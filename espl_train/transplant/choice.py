@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import espl_envs
 from espl_envs.core.errors import EsplError
 from espl_train.config import Config, EnvConfig
-from espl_train.problems import Problems, ProblemSets
+from espl_train.problems import Problems, ProblemSets, text_env
 from espl_train.sandboxes import equipped
 from espl_train.settings import ConfigError, load, override
 from espl_train.snapshot import Snapshot
@@ -221,7 +220,7 @@ def _environment(first: Snapshot, asked: str | None, args: Mapping[str, Any]) ->
             raise ConfigError(f"--{next(iter(args))} belongs to an environment that is named: add --env ID.")
         return env.id, env
     env = load((), None, {"env.id": asked, **args}).env
-    splits = espl_envs.make(env.id, **env.args).unwrapped.splits
+    splits = text_env(env.id, env.args).splits
     tested = {"test_id": env.id, "test_args": env.args} if "test" in splits else {}
     return env.id, env.model_copy(update=tested)
 

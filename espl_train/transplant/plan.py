@@ -75,8 +75,8 @@ class Plan:
     @property
     def runs(self) -> list[Snapshot]:
         """Everybody who takes part, each once."""
-        found = {run.folder.resolve(): run for one in (*self.weights, *self.prompts) if (run := one.run)}
-        return list(found.values())
+        everybody = [one.run for one in self.weights] + [one.run for one in self.prompts]
+        return list({run.folder.resolve(): run for run in everybody if run}.values())
 
     @cached_property
     def identity(self) -> dict[str, Any]:
