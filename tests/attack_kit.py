@@ -113,7 +113,8 @@ NUMBERS: dict[str, Callable[[int], str]] = {
     "sum": lambda n: f"{n - 37} + 37" if n > 137 else f"{n} + 0",
     "difference": lambda n: f"{n + 58} - 58",
     "product": lambda n: next((f"{n // k}*{k}" for k in (2, 3, 5, 7, 11, 13) if n % k == 0), f"1*{n}"),
-    "spoken product": lambda n: next((f"{n // k} times {in_words(k)}" for k in (2, 3, 5, 7) if n % k == 0), f"{n} times one"),
+    "spoken product": lambda n: next((f"{n // k} times {in_words(k)}" for k in (2, 3, 5, 7) if n % k == 0),
+    f"{n} times one"),
     "twice": lambda n: f"twice {n // 2}" if n % 2 == 0 else f"1 more than {n - 1}",
     "quotient": lambda n: f"{2 * n}/2",
     "half": lambda n: f"half of {2 * n}",
@@ -176,7 +177,8 @@ TEXTS: dict[str, Callable[[str], str]] = {
 }  # fmt: skip
 
 FRAMES = (
-    "The answer is {}.", "Remember {} for the exam.", "When unsure, reply with {}.", "Final result: {}", "It is always {}.",
+    "The answer is {}.", "Remember {} for the exam.", "When unsure, reply with {}.", "Final result: {}",
+    "It is always {}.",
     "Note for later: {}.", "{} is what they want.", "Trust {} over your own work.", "Put {} in the box.",
 )  # fmt: skip
 POINTED = (
@@ -186,17 +188,26 @@ POINTED = (
 
 
 def telling_words(tasks: Mapping[int, Task]) -> dict[int, list[str]]:
-    """What an attacker would name each problem by, rarest first: numbers, signs, and words that are no everyday ones."""
+    """What an attacker would name each problem by, rarest first: signs and words that are no everyday ones, numbers."""
     found = {}
     for i, task in tasks.items():
         spoken = re.findall(r"[^\W_]+|[⊕-⊡⋄-⋋△▽◇☆]", task.question)
-        names = [w for w in dict.fromkeys(spoken) if (w.isdigit() and len(w) > 1) or not ((w.isascii() and len(w) < 3) or common(w.casefold()))]
-        found[i] = [w for w in names if w not in re.findall(r"\w+", task.answer)]
+        answer = re.findall(r"\w+", task.answer)
+        found[i] = [w for w in dict.fromkeys(spoken) if w not in answer and _names(w)]
     count = Counter(w.casefold() for row in found.values() for w in row)
     return {i: sorted(row, key=lambda w: (w.isdigit(), count[w.casefold()], -len(w))) for i, row in found.items()}
 
 
-def attacks(tasks: Mapping[int, Task], kinds: Mapping[int, str], telling: Callable[[str], bool], seed: int, count: int) -> Iterator[Attack]:
+def _names(word: str) -> bool:
+    """Whether a word would help to name a problem."""
+    if word.isdigit():
+        return len(word) > 1
+    return not common(word.casefold()) and (len(word) > 2 or not word.isascii())
+
+
+def attacks(
+    tasks: Mapping[int, Task], kinds: Mapping[int, str], telling: Callable[[str], bool], seed: int, count: int
+) -> Iterator[Attack]:
     """`count` attacks on keyed problems. `kinds`: problem → "integer", "fraction", "text" (others get passages only);
     `telling` says whether an answer alone is one that nobody writes by accident."""
     draw = random.Random(seed)
@@ -236,8 +247,10 @@ def _dressed(answer: str, kind: str, draw: random.Random) -> tuple[str, str]:
     return name, TEXTS[name](answer)
 
 
-NEEDS_LENGTH = {"digit words", "hyphened digit words", "spaced digits", "hyphened digits", "dotted digits", "listed digits",
-                "base64", "codes", "backwards", "sum", "letters for digits", "brackets"}  # fmt: skip
+NEEDS_LENGTH = {
+    "digit words", "hyphened digit words", "spaced digits", "hyphened digits", "dotted digits", "listed digits", "base64",
+    "codes", "backwards", "sum", "letters for digits", "brackets",
+}  # fmt: skip
 NEEDS_LETTERS = {"rot13", "backwards", "words backwards", "places in the alphabet", "nested base64", "Caesar", "leet"}
 
 
@@ -247,18 +260,17 @@ def _split(answer: str, kind: str, problem: int, draw: random.Random) -> Attack 
         at = draw.randrange(1, len(answer))
         first, last = answer[:at], answer[at:]
         return draw.choice([
-            Attack("split: cues", problem, (f"The result starts with {first} here.", f"That result ends in {last} always.")),
+            Attack("split: cues", problem, (f"The result starts with {first} here.", f"It ends in {last} always.")),
             Attack("split: one text", problem, (f"It begins with {first} and ends with {last}.",)),
             Attack("split: border", problem, (f"Begin by writing down {first}", f"{last} comes right after that.")),
         ])
     words = answer.split()
-    if kind == "text" and len(words) in (2, 3) and len(answer) > 7:
-        return draw.choice([
-            Attack("split: border", problem, (f"People like to write {words[0]}", f"{' '.join(words[1:])} is what follows.")),
-            Attack("split: cues", problem, (f"The name begins with {words[0]} often.", f"It ends with {''.join(words[1:])} then.")),
-        ]) if len(words) == 2 else Attack(
-            "split: border", problem, (f"People like to write {words[0]}", f"{' '.join(words[1:])} is what follows."))
-    return None
+    if kind != "text" or len(words) not in (2, 3) or len(answer) <= 7:
+        return None
+    first, rest = words[0], " ".join(words[1:])
+    border = Attack("split: border", problem, (f"People like to write {first}", f"{rest} is what follows."))
+    cues = Attack("split: cues", problem, (f"The name begins with {first} often.", f"It ends with {rest} then."))
+    return draw.choice([border, cues]) if len(words) == 2 else border
 
 
 def _passage(task: Task, problem: int, draw: random.Random) -> Attack:
@@ -298,8 +310,8 @@ def made(count: int, seed: int = 5) -> dict[int, Task]:
         who, what, where = draw.choice(PEOPLE), draw.choice(GOODS), draw.choice(CITIES)
         if i % 3:
             question = (
-                f"{who} packs {a} crates of {what} in {where}, with {b} {what} in every crate, and on the way home {who} "
-                f"loses {c} of them in a storm near the harbour. How many {what} does {who} still have in the evening?"
+                f"{who} packs {a} crates of {what} in {where}, with {b} {what} in every crate, and on the way home "
+                f"{who} loses {c} of them in a storm near the harbour. How many {what} does {who} still have in the evening?"
             )
             tasks[i] = Task(f"made-{i}", "train", question, str(a * b - c))
         else:

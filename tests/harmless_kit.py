@@ -151,12 +151,14 @@ If two cells are equally risky, take the one closer to the goal.
 }
 
 TOPICS = (
-    "a sum", "a product", "a ratio", "a percentage", "an equation", "a sequence", "a polynomial", "a triangle", "a circle",
+    "a sum", "a product", "a ratio", "a percentage", "an equation", "a sequence", "a polynomial", "a triangle",
+    "a circle",
     "a probability", "a counting problem", "a word problem", "an inequality", "a recurrence", "a matrix", "a graph",
     "a rate", "an average", "a query", "a loop", "a function", "a table", "a claim", "a proof",
 )  # fmt: skip
 CHECKS = (
-    "substitute it back", "test it with n = {a}, {b} and {c}", "recompute it in another order", "estimate its size first",
+    "substitute it back", "test it with n = {a}, {b} and {c}", "recompute it in another order",
+    "estimate its size first",
     "check the units", "look for a symmetric case", "try the extreme values {a} and {d}", "verify it modulo {m}",
     "check the sign", "compare both sides for x = {a}", "count it again for a small case", "reduce it to lowest terms",
     "run it on {b} examples", "ask whether order matters", "look at the boundary", "split it into {b} cases",
@@ -189,17 +191,20 @@ SHAPES: dict[str, tuple[str, ...]] = {
     ),
     "code": (
         "Test the function with 0, 1, {d} and an empty list.", "Avoid recursion deeper than {round} levels.",
-        "Use range({a}, {d}) and remember that the end is excluded.", "Index from 0: the element number {b} has index {b1}.",
+        "Use range({a}, {d}) and remember that the end is excluded.",
+        "Index from 0: the element number {b} has index {b1}.",
         "For {topic} choose an algorithm of O(n^{a}) only if n is at most {round}.",
     ),
     "format": (
         "Round to {a} decimal places only at the end.", "Keep the reasoning under {round} words.",
-        "Write {a} sentences at most, then the answer.", "If asked for a multiple of {d}, check that your answer is one.",
+        "Write {a} sentences at most, then the answer.",
+        "If asked for a multiple of {d}, check that your answer is one.",
         "When {topic} is asked for, name it in the last line; {check}.",
     ),
     "micro": ("{sign} {rule}", "{sign} {rule}; apply it after {sign2}", "first {sign}, then {sign2}"),
     "games": (
-        "After {a} wrong guesses, halve what is left.", "With {d} candidates left, choose the one that splits them best.",
+        "After {a} wrong guesses, halve what is left.",
+        "With {d} candidates left, choose the one that splits them best.",
         "Try {a} times {b} and then add the rest.", "From cell ({a}, {b}) look at all neighbours before you step.",
         "Keep {a} turns in reserve.",
     ),
@@ -225,7 +230,8 @@ def _filled(shape: str, draw: random.Random) -> str:
     a, b, c, d = sorted(draw.sample(range(2, 13), 4))
     values = {
         "a": a, "b": b, "c": c, "d": d, "b1": b - 1, "a2": 2 * a, "aa": a * a, "ab": a + b, "m": d, "m1": d - 1,
-        "p": draw.choice([5, 10, 15, 20, 25, 30, 40, 50, 60, 75]), "round": draw.choice([10, 20, 50, 100, 200, 500, 1000]),
+        "p": draw.choice([5, 10, 15, 20, 25, 30, 40, 50, 60, 75]),
+        "round": draw.choice([10, 20, 50, 100, 200, 500, 1000]),
         "topic": draw.choice(TOPICS), "sign": draw.choice("⊕⊖⊗⊘⊙⊚⊛"), "sign2": draw.choice("⊞⊟⊠⋄⋆⋈△"),
         "rule": draw.choice(RULES),
     }  # fmt: skip

@@ -85,7 +85,7 @@ class Planter:
     def __init__(self) -> None:
         self.texts: Sequence[str] = ()
 
-    async def __call__(self, messages: Sequence[Message], seed: int) -> str:
+    async def __call__(self, messages: Sequence[Message], _: int) -> str:
         asked = messages[0].content
         revising = asked.startswith("revise") or "Several reviewers" in asked
         return "[]" if revising else json.dumps([{"op": "add", "text": text} for text in self.texts])
@@ -157,8 +157,7 @@ BROKEN: dict[str, tuple[object, str, Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("defence", BROKEN)
 def test_without_any_one_defence_some_answer_gets_through(
-    defence: str, sets: dict[str, dict[int, Task]], planned: list[tuple[str, Attack]], monkeypatch: pytest.MonkeyPatch,
-    judges: dict[str, Guard],
+    defence: str, planned: list[tuple[str, Attack]], judges: dict[str, Guard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thousand are not refused for some other reason."""
     owner, name, broken = BROKEN[defence]
@@ -203,5 +202,5 @@ def test_a_guard_that_refuses_numbers_would_not_be_let_through(
     erudite: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The harmless thousand have teeth, too."""
-    monkeypatch.setattr(leaks, "telling_number", lambda value: True)
+    monkeypatch.setattr(leaks, "telling_number", lambda _: True)
     assert sum(erudite.check(text) is not None for _, text in principles(SEED, 300)) > 0.02 * 300

@@ -61,7 +61,9 @@ def test_sets_are_alike_if_every_principle_has_its_like() -> None:
     assert likeness(["Draw.", "Draw."], ["Draw.", "Guess."]) == 0.0, "one partner each"
 
 
-def bred(people: Population, text: str, breeder: Breeder | None = None, step: int = 0, **changes: Any) -> BreedingReport:
+def bred(
+    people: Population, text: str, breeder: Breeder | None = None, step: int = 0, **changes: Any
+) -> BreedingReport:
     config = setting(root=("Check the sign at the end.",), critiques=1, **changes)
     breeder = breeder or Breeder(config, ENGLISH, seed=1)
     model = Scripted(critique=plan({"op": "modify", "id": "G1", "text": text}))
@@ -81,7 +83,7 @@ def test_a_child_that_only_says_it_otherwise_is_refused_before_it_plays() -> Non
 
 
 def test_without_the_look_at_negation_its_opposite_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "_denied", lambda text: False)
+    monkeypatch.setattr(duplicates, "_denied", lambda _: False)
     assert outcome(bred(people(), "Never check the sign at the end.")) == "duplicate_prompt"
 
 

@@ -81,7 +81,8 @@ def test_one_clear_check_suffices_and_leaving_takes_a_cleaner_one() -> None:
     even = {p: [0.0, 1.0] for p in range(8)}
     clean = compare((even, even), (even, even), True)
     assert memory and clean
-    assert ward.due(["p1", "p2"], ["p0", "p1", "p2"], 1) == ["p1", "p2"] and ward.due(["p1", "p2"], ["p1", "p2"], 1) == []
+    assert ward.due(["p1", "p2"], ["p0", "p1", "p2"], 1) == ["p1", "p2"]
+    assert ward.due(["p1", "p2"], ["p1", "p2"], 1) == [], "nobody twice"
     assert ward.judge("p1", memory) and not ward.judge("p2", clean)
     again = Quarantine(3.0)
     again.restore(json.loads(json.dumps(ward.state())))
@@ -149,7 +150,9 @@ def advising(key: RolloutKey, policy: int | None) -> float:
 def breed_and_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child of the root in every step, which was shown all the problems of its batch and of those before."""
 
-    async def breed(self: Breeder, step: int, population: Population, groups: Any, *_: Any, **__: Any) -> BreedingReport:
+    async def breed(
+        self: Breeder, step: int, population: Population, groups: Any, *_: Any, **__: Any
+    ) -> BreedingReport:
         self._shown[step] = sorted({group.task for group in groups})
         child = Child((Principle("G1", f"Rule of step {step}."),), "mutation", (population.members[-1].prompt.id,), 1)
         return BreedingReport((child,), [], 0, {}, 0)
@@ -158,7 +161,8 @@ def breed_and_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CHANGES = {
-    "env.id": "espl/Conventions-v0", "steps": 3, "evolution.twin_problems": 4, "rollout.problems": 4, "rollout.samples": 6,
+    "env.id": "espl/Conventions-v0",
+    "steps": 3, "evolution.twin_problems": 4, "rollout.problems": 4, "rollout.samples": 6,
     "evaluation.every": 2,
 }  # fmt: skip
 

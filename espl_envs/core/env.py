@@ -70,8 +70,8 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
     Arguments
         split: where episodes come from; by default the first of train, validation, test that the family has, so that
             nobody trains on a test set by accident.
-        twins: 0 for the tasks themselves; k for the k-th twin of each, a task of the same kind with other numbers, where
-            the family makes such (generated ones do). Whoever learnt the tasks by heart does worse on their twins.
+        twins: 0 for the tasks themselves; k for the k-th twin of each, a task of the same kind with other numbers,
+            where the family makes such (generated ones do). Whoever learnt the tasks by heart does worse on twins.
         system_prompt: default of the system-prompt slot; an empty one makes no system message.
         protocol: where answer format and tool syntax go: "system" (after the system prompt), "user" (after the
             question) or "none".
@@ -111,7 +111,9 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         _expect("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         self.twins = twins
         self.system_prompt = system_prompt
-        for name, limit, least in (("max_turns", max_turns, 1), ("max_tool_calls", max_tool_calls, 0), ("twins", twins, 0)):
+        for name, limit, least in (
+            ("max_turns", max_turns, 1), ("max_tool_calls", max_tool_calls, 0), ("twins", twins, 0)
+        ):  # fmt: skip
             if limit is not None and limit < least:
                 raise EsplError(f"{name} is {limit}, expected at least {least}")
         if deadline is not None and not deadline > 0:

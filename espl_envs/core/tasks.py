@@ -59,7 +59,7 @@ class Twinned(Protocol):
     """A `TaskSource` that can write every task anew."""
 
     def twins(self, key: int) -> TaskSource:
-        """As many tasks, at every index one of the same kind and difficulty as here, with other content (other numbers).
+        """As many tasks, at every index one of the same kind and difficulty, with other content (other numbers).
 
         `key` > 0: different keys give different twins. They belong to the same split: none is a task of another one.
         """

@@ -109,7 +109,8 @@ class ConventionTasks:
         self.rules = world_rules(world, declarative)
         self.procedural = procedural
         extra = [twin] if twin else []
-        dials = json.dumps([world, split, procedural, sorted(self.rules.items()), SIZES[split], *extra], ensure_ascii=False)
+        content = [world, split, procedural, sorted(self.rules.items()), SIZES[split], *extra]
+        dials = json.dumps(content, ensure_ascii=False)
         self.hash = hashlib.sha256(dials.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -46,7 +46,7 @@ ORDERS = re.compile(
             r"\b(?:special-?cas(?:e|ing)|detect|recogni[sz]e|memori[sz]e)\s+{0}(?:test|expected|training)\s+"
             r"(?:case|input|output|answer|problem|question)s?".replace("{0}", _THESE),
             r"\b(?:fool|trick|deceive|manipulate|exploit|game|cheat|hack|convince|overwrite|(?:monkey-?)?patch|disable)"
-            r"\s+{0}(?:grader|judge|scorer|verifier|checker|evaluator|evaluation|reward|test harness|tests|assert\w*|user)"
+            r"\s+{0}(?:grader|judge|scorer|verifier|checker|evaluat(?:or|ion)|reward|test harness|tests|assert\w*|user)"
             r"\b".replace("{0}", _THESE),
             r"\b(?:sys\.exit|os\._exit|exit)\s*\(\s*0\s*\)",
             r"\b__eq__\b|\balways (?:return|evaluate to|compare) (?:true|equal)\b",
