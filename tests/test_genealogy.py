@@ -1,0 +1,68 @@
+"""`espl-train lineage`: every principle that a run ever had can be asked for, and what is not there is said."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from espl_envs.core.errors import EsplError
+from espl_train import genealogy, snapshot
+from espl_train.config import EvolutionConfig, RatingConfig
+from espl_train.evolution.population import Population
+from espl_train.evolution.prompts import Child, Principle
+
+
+def run_of(*populations: Population) -> Any:
+    """As much of a Snapshot as is asked for: populations by name, and the best prompt of the first."""
+    named = {str(number or ""): population for number, population in enumerate(populations)}
+
+    def find_one(which: str) -> tuple[str, Any]:
+        if which not in ("best", "root"):
+            raise EsplError(f"no prompt {which!r}")
+        return "", populations[0].members[-1].prompt if which == "best" else populations[0].root
+
+    return SimpleNamespace(populations=named, find_one=find_one)
+
+
+def grown(name: str = "") -> Population:
+    """The root and two generations; only the root and the last one are alive."""
+    people = Population(EvolutionConfig(root=("Draw.",), capacity=2, elite=False), RatingConfig(), 1, name)
+    for step in (1, 2):
+        parent = people.members[-1].prompt
+        added = Principle(f"G{step + 1}", f"Rule {step}.")
+        people.add([Child((*parent.principles, added), "mutation", (parent.id,), step + 1)], step)
+    return people
+
+
+@pytest.mark.parametrize(
+    ("which", "found"),
+    [
+        ("best", ("p0002", "")), ("G3", ("p0002", "G3")), ("root", ("p0000", "")), ("p0001", ("p0001", "")),
+        ("p0001.G2", ("p0001", "G2")), ("root.G1", ("p0000", "G1")), ("math:p0001.G2", ("math:p0001", "G2")),
+    ],
+)  # fmt: skip
+def test_prompts_and_principles_are_found_by_name_alive_or_not(which: str, found: tuple[str, str]) -> None:
+    assert genealogy.find(run_of(grown(), grown("math")), which)[1:] == found
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [("p0077", "no prompt 'p0077'"), ("p0001.G9", "p0001 has no principle G9; it has G1, G2"), ("G9", "p0002 has no")],
+)
+def test_what_is_not_there_is_said(which: str, message: str) -> None:
+    with pytest.raises(EsplError, match=message):
+        genealogy.find(run_of(grown()), which)
+
+
+def test_it_prints_lines_or_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(snapshot.Snapshot, "of", lambda *_: run_of(grown()))
+    assert genealogy.main(["run", "G2"]) == 0
+    assert "step 1, mutation of p0000: add" in capsys.readouterr().out
+    assert genealogy.main(["run", "G2", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["written"]["prompt"] == "p0001" and row["carriers"] == ["p0001", "p0002"]
+    monkeypatch.setattr(snapshot.Snapshot, "of", lambda *_: run_of(Population(EvolutionConfig(), RatingConfig(), 1)))
+    assert genealogy.main(["run"]) == 0 and "p0000 has no principles" in capsys.readouterr().out
