@@ -113,7 +113,7 @@ class Desk:
         head = f"# espl-train review {self.folder.parent} accept {candidate.id}\n# (or: reject, edit, show; this file is only read)\n\n"
         shown = {"id": candidate.id, "state": candidate.state, "changes": "\n".join(["", *candidate.changes, ""])}
         text = head + tomli_w.dumps({**shown, **candidate.to_json()}, multiline_strings=True)
-        write_atomically(self._file(candidate.id), text.encode("utf-8", "backslashreplace"))
+        write_atomically(self._file(candidate.id), text.encode("utf-8", "replace"))
 
     def remove(self, name: str) -> None:
         """Take a child off the desk."""
@@ -148,7 +148,7 @@ class Desk:
         handle, aside = tempfile.mkstemp(prefix=".deciding-", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(raw.encode("utf-8", "backslashreplace"))
+                file.write(raw.encode("utf-8", "replace"))
                 file.flush()
                 os.fsync(file.fileno())
             Path(self._file(name, DECISION)).hardlink_to(aside)
