@@ -110,7 +110,8 @@ class Desk:
     def write(self, candidate: Candidate) -> None:
         """Put a child on the desk, or say what became of it."""
         self.folder.mkdir(exist_ok=True)
-        head = f"# espl-train review {self.folder.parent} accept {candidate.id}\n# (or: reject, edit, show; this file is only read)\n\n"
+        command = f"espl-train review {self.folder.parent} accept {candidate.id}"
+        head = f"# {command}\n# (or: reject, edit, show; this file is only read)\n\n"
         shown = {"id": candidate.id, "state": candidate.state, "changes": "\n".join(["", *candidate.changes, ""])}
         text = head + tomli_w.dumps({**shown, **candidate.to_json()}, multiline_strings=True)
         write_atomically(self._file(candidate.id), text.encode("utf-8", "replace"))
