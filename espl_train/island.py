@@ -115,7 +115,7 @@ class Island:
         tasks = self.sets.train.tasks
         with purpose(island=self.name):
             return await self.breeder.breed(
-                step, self.population, groups, tasks, client.complete, trials, client.closed()
+                step, self.population, groups, tasks, client.complete, trial=trials, closed=client.closed()
             )
 
     def settle(
@@ -244,7 +244,7 @@ class Batch:
     size: int
     groups: list[Group] = field(default_factory=list)
     rounds: int = 0
-    trials: Trials | None = None      # of the prompts that are bred from it
+    tried: list[Rollout] = field(default_factory=list)      # in trials: of its children before and at their birth
 
     def __post_init__(self) -> None:
         self._indices = self.island.deck.batch(self.size)
@@ -272,8 +272,10 @@ class Batch:
 
     async def breed(self, step: int, policy: int, client: Client) -> BreedingReport | None:
         """Children of its players; `policy` is the version of the weights that played."""
-        self.trials = self.island.trials(step, policy, self._played)
-        return await self.island.breed(step, self.groups, client, self.trials)
+        trials = self.island.trials(step, policy, self._played)
+        bred = await self.island.breed(step, self.groups, client, trials)
+        self.tried += trials.played
+        return bred
 
     def metrics(self) -> dict[str, float]:
         """How the groups came about (rounds, where there may be several; what shaping did), and what trials cost."""
@@ -283,7 +285,8 @@ class Batch:
             "dynamic/contrast": len(self._mixed()),
         }
         rare = counts if self.island.config.rollout.dynamic_rounds else {}
-        tried = self.trials.metrics() if self.trials else {}
+        tokens = sum(rollout.sampled_tokens for rollout in self.tried)
+        tried = {"trials/rollouts": len(self.tried), "trials/tokens": tokens} if self.tried else {}
         return {**rare, **self.island.shaping.metrics(self._played), **tried}
 
     def _mixed(self) -> set[int]:

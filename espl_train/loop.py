@@ -21,6 +21,7 @@ from espl_train.engines.choice import engine_for
 from espl_train.evaluation import Evaluation, metrics, overall
 from espl_train.evolution.breeding import BreedingReport
 from espl_train.evolution.population import Population
+from espl_train.evolution.prompts import SystemPrompt
 from espl_train.evolution.templates import TemplateSet
 from espl_train.export.bundle import write_prompts
 from espl_train.island import Batch, Island, Round, play
@@ -29,16 +30,17 @@ from espl_train.learner.update import Learner
 from espl_train.overlap import beside, overlaps, together
 from espl_train.problems import Part, ProblemSets, shares
 from espl_train.profiling import Phases, Profile, Spent
-from espl_train.records import Rollout
+from espl_train.records import Rollout, grouped
 from espl_train.reflecting.choice import client_for
 from espl_train.reflecting.queue import Queue
-from espl_train.report import IslandReport, IterationReport, Totals
+from espl_train.report import IslandReport, IterationReport
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
 from espl_train.runs.islands import own, under
 from espl_train.runs.summary import Chosen, Summary
 from espl_train.sandboxes import Boxes, equipped
 from espl_train.snapshot import Snapshot
+from espl_train.totals import Totals
 from espl_train.twins import examine
 
 PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
@@ -89,7 +91,7 @@ class Trainer:
                 archipelago.acquaint(self.islands)
             if not self.begun:
                 self._begin()
-            while self.step < self.config.steps:
+            while not self._final():
                 self._persist(self.iterate())
                 self._stop_where_nobody_answers()
             return self._finish()
@@ -102,7 +104,7 @@ class Trainer:
 
     def iterate(self) -> IterationReport:
         """One iteration. `self.step` counts the finished ones; this one is number `self.step + 1`."""
-        started, config = time.perf_counter(), self.config
+        started, config, before = time.perf_counter(), self.config, self.totals
         self.step += 1
         if self.profile:
             self.profile.begin(self.step, self.first, config.steps)
@@ -117,20 +119,28 @@ class Trainer:
         bred, update = self._reflect_and_learn(batches)
         with self.phases("rating"):
             settled = [b.island.settle(self.step, b.groups, brood) for b, brood in zip(batches, bred, strict=True)]
-        validation = self._validate(final=self.step == config.steps) if self._validates() else {}
+        tried = self._try_out(batches, [born for _, born in settled])
+        final = self._final(len(tried) + sum(len(group.rollouts) for batch in batches for group in batch.groups))
+        validation = self._validate(final) if self._validates(final) else {}
         parts = {}
         for batch, brood, (match, born) in zip(batches, bred, settled, strict=True):
             island, found = batch.island, validation.get(batch.island.name, {})
             parts[island.name] = IslandReport(
                 tuple(batch.groups), match, brood, born, self.client.ledger.sampled(island.name), found,
-                island.best(found, self.step == config.steps), batch.metrics(), tuple(island.reviewed),
+                island.best(found, final), batch.metrics(), tuple(island.reviewed),
             )
         seconds = time.perf_counter() - started
-        common = {**overall(validation, config.shares), **counts, **self.phases.take()}
+        watched = self.totals.validation_since(before)
+        common = {**overall(validation, config.shares), **watched, **counts, **self.phases.take()}
         won = archipelago.victories(self.step, self.islands)
         done = IterationReport(self.step, parts, update, seconds, won, common)
-        self.totals = self.totals.plus(done.rollouts, done.reflection_tokens, seconds)
+        self.totals = self.totals.plus(done.rollouts, done.reflection_tokens, seconds, tried)
         return done
+
+    def _final(self, played: int = 0) -> bool:
+        """Whether the run is over, or will be once `played` more rollouts are counted."""
+        budget = self.config.budget_rollouts
+        return self.step >= self.config.steps or (budget is not None and self.totals.used + played >= budget)
 
     def _turn(self) -> None:
         """Where only weights learn from here on, choose who plays meanwhile, as it is done at the end of a run; where
@@ -152,10 +162,27 @@ class Trainer:
         weights or (`base`) those of the start."""
         rounds = [i.evaluation(part, prompts[i.name], most) for i in self.islands if prompts.get(i.name)]
         played = self._play(rounds, self.config.evaluation.temperature, name, base) if rounds else []
+        if part == "validation":
+            self.totals = self.totals.validated([rollout for rollouts in played for rollout in rollouts])
+            for round, rollouts in zip(rounds, played, strict=True):
+                round.island.population.score(self.step, grouped(rollouts))
         return {
             r.island.name: {p: Evaluation.of([x for x in rollouts if x.key.prompt == p]) for p in r.players}
             for r, rollouts in zip(rounds, played, strict=True)
         }
+
+    def _try_out(self, batches: Sequence[Batch], born: Sequence[Sequence[SystemPrompt]]) -> list[Rollout]:
+        """The trials of the iteration. Where the frontier is one of the validation problems, all who were just born
+        play them now: that decides who breeds, so it counts as a trial."""
+        evaluation, newborn = self.config.evaluation, []
+        if self.config.evolution.pareto_scores == "validation":
+            newborn = [(batch, [child.id for child in ours]) for batch, ours in zip(batches, born, strict=True) if ours]
+        rounds = [batch.island.evaluation("validation", ids, evaluation.problems) for batch, ids in newborn]
+        played = self._play(rounds, evaluation.temperature, "first scores") if rounds else []
+        for (batch, _), rollouts in zip(newborn, played, strict=True):
+            batch.tried += rollouts
+            batch.island.population.score(self.step, grouped(rollouts))
+        return [rollout for batch in batches for rollout in batch.tried]
 
     def _play_out(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Play all batches to their ends, all islands at once; what the engine counted meanwhile."""
@@ -228,9 +255,9 @@ class Trainer:
         with self.phases(name) as spent:
             yield spent
 
-    def _validates(self) -> bool:
+    def _validates(self, final: bool) -> bool:
         every = self.config.evaluation.every
-        return self.step == self.config.steps or bool(every and self.step % every == 0)
+        return final or bool(every and self.step % every == 0)
 
     def _validate(self, final: bool) -> dict[str, dict[str, float]]:
         """By island: the root and the best rated; at the end all that may be chosen."""
@@ -285,7 +312,7 @@ class Trainer:
         for row in self.client.ledger.events():
             self.run.log.event(done.step, "reflection", by=self.client.source.name, **row)
         self.run.log.metrics(record)
-        if done.step % self.config.checkpoint_every == 0 or done.step == self.config.steps:
+        if done.step % self.config.checkpoint_every == 0 or self._final():
             self._checkpoint()
         if self.profile:
             self.profile.write()
@@ -345,7 +372,8 @@ class Trainer:
             tables[name] = [*report.validation_table(histories[name], root, best[name]), *table]
         self.policy.save_adapter(self.run.path / "policy")
         write_prompts(Snapshot.of(self.run.path), self.run.path / "export", "best", "../policy")
-        notes = report.notes(self.config.evaluation, chosen=best != roots)
+        notes = (*report.notes(self.config.evaluation, chosen=best != roots), self.totals.note())
+        self.run.log.event(self.step, "totals", **self.totals.to_json())
         return Summary(
             run=self.run.path,
             steps=self.step,

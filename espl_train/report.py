@@ -23,36 +23,12 @@ from espl_train.runs import seal
 from espl_train.runs.islands import under
 from espl_train.runs.metrics import read_lines
 from espl_train.runs.summary import Score
+from espl_train.totals import Totals
 
 __all__ = [
     "IslandReport", "IterationReport", "Totals", "UpdateReport", "history", "notes", "opened", "table",
     "validation_table",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over the whole run, resumptions included."""
-
-    rollouts: int = 0
-    faulted: int = 0
-    tokens: int = 0              # sampled in training rollouts
-    reflection_tokens: int = 0
-    seconds: float = 0.0
-
-    def plus(self, rollouts: Sequence[Rollout], reflection_tokens: int, seconds: float) -> Totals:
-        """The sums after one more iteration."""
-        return replace(
-            self,
-            rollouts=self.rollouts + len(rollouts),
-            faulted=self.faulted + sum(r.faulted for r in rollouts),
-            tokens=self.tokens + sum(r.sampled_tokens for r in rollouts),
-            reflection_tokens=self.reflection_tokens + reflection_tokens,
-            seconds=self.seconds + seconds,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A mean hides a prompt that alone solves what the others do not; the frontier kee
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ class Frontier:
     the longer the window.
     """
 
-    def __init__(self, window: int) -> None:
-        self._window = window
+    def __init__(self, window: float) -> None:
+        self.window = window
         self._seen: dict[int, dict[str, tuple[int, float]]] = {}     # problem → prompt → (step, mean)
 
     def record(self, step: int, rewards: Table) -> None:
@@ -28,7 +29,7 @@ class Frontier:
         for prompt, rows in rewards.items():
             for problem, row in rows.items():
                 self._seen.setdefault(problem, {})[prompt] = (step, sum(row) / len(row))
-        oldest = step - self._window
+        oldest = step - self.window
         recent = {q: {p: seen for p, seen in row.items() if seen[0] > oldest} for q, row in self._seen.items()}
         self._seen = {q: row for q, row in recent.items() if row}
 
@@ -48,12 +49,25 @@ class Frontier:
         count = Counter(prompt for front in fronts for prompt in front)
         return {prompt: count[prompt] for prompt in alive}
 
+    def means(self) -> dict[str, float]:
+        """The mean of every prompt over the problems that it has scores of."""
+        found: dict[str, list[float]] = {}
+        for row in self._seen.values():
+            for prompt, (_, mean) in row.items():
+                found.setdefault(prompt, []).append(mean)
+        return {prompt: round(math.fsum(values) / len(values), 9) for prompt, values in found.items()}
+
+    def forget(self, prompt: str) -> None:
+        """A prompt is no more."""
+        for row in self._seen.values():
+            row.pop(prompt, None)
+
     def to_json(self) -> list[list[Any]]:
         """Plain data: rows of problem, prompt, step, mean."""
         return [[q, prompt, *seen] for q, row in self._seen.items() for prompt, seen in row.items()]
 
     @classmethod
-    def from_json(cls, rows: Sequence[Sequence[Any]], window: int) -> Frontier:
+    def from_json(cls, rows: Sequence[Sequence[Any]], window: float) -> Frontier:
         """The frontier that `to_json` wrote down."""
         frontier = cls(window)
         for problem, prompt, step, mean in rows:

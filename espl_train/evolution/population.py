@@ -6,6 +6,7 @@ have played) where the configuration has an elite slot. All randomness is keyed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -42,7 +43,7 @@ class Population:
         self.lineage.add(root, {})
         self._games: dict[str, int] = {root.id: 0}
         self._beliefs = beliefs.start(rating, root.id)
-        self._frontier = Frontier(evolution.pareto_window)
+        self._frontier = Frontier(evolution.pareto_window if evolution.pareto_scores == "batch" else math.inf)
         self._born = 1
         self._aside: dict[str, str] = {}
 
@@ -101,10 +102,20 @@ class Population:
         return 0 < self._evolution.nursery <= young
 
     def top(self, count: int) -> list[str]:
-        """The best `count` ids by lower bound among those that have played, best first, newer before older."""
-        active = [m for m in self.members if m.prompt.id not in self._aside]
-        played = [m for m in reversed(active) if m.games] or [active[0]]
-        return [m.prompt.id for m in sorted(played, key=lambda m: m.rating.lower(), reverse=True)[:count]]
+        """The best `count` ids, best first, newer before older: by lower bound among those that have played others.
+
+        Where all are scored on the same validation problems (`pareto_scores`), the mean there decides. Where nobody has
+        played anybody, and who was accepted has beaten its parent in a trial, the newest are the best.
+        """
+        active = [m for m in reversed(self.members) if m.prompt.id not in self._aside]
+        means = self._frontier.means() if self._evolution.pareto_scores == "validation" else {}
+        if known := [m.prompt.id for m in active if m.prompt.id in means]:
+            return sorted(known, key=lambda p: means[p], reverse=True)[:count]
+        played = [m for m in active if m.games]
+        if not played and self._evolution.acceptance == "minibatch":
+            return [m.prompt.id for m in active[:count]]
+        ranked = sorted(played or active[-1:], key=lambda m: m.rating.lower(), reverse=True)
+        return [m.prompt.id for m in ranked[:count]]
 
     def best(
         self, choice: Literal["validation", "lower_bound", "latest"], scores: Mapping[str, float] | None = None
@@ -139,7 +150,8 @@ class Population:
     def rate(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Count a batch. Returns what happened, for the log: values, ranks, and the ratings of the players."""
         match, self._beliefs = self._count(groups)
-        self._frontier.record(match.step, match.rewards)
+        if self._evolution.pareto_scores == "batch":
+            self._frontier.record(match.step, match.rewards)
         self.lineage.observe(match.rewards)
         contested = len(match.ranks) > 1
         for prompt in match.ranks if contested else ():
@@ -154,6 +166,11 @@ class Population:
     def _count(self, groups: Sequence[Group]) -> tuple[ratings.Match, ratings.Beliefs]:
         match = ratings.match([g for g in groups if g.prompt in self], self._rating)
         return match, self._beliefs.after(match)
+
+    def score(self, step: int, groups: Sequence[Group]) -> None:
+        """Take in how prompts did on the validation problems, for a frontier that is made of them."""
+        if self._evolution.pareto_scores == "validation":
+            self._frontier.record(step, ratings.scores(groups))
 
     def add(self, children: Sequence[Child], step: int) -> tuple[SystemPrompt, ...]:
         """Insert children in the given order; what is believed of them comes from the parents as they are now."""
@@ -179,6 +196,7 @@ class Population:
     def _drop(self, prompt: str) -> None:
         del self._prompts[prompt], self._games[prompt]
         self.readmit(prompt)
+        self._frontier.forget(prompt)
         self._beliefs = self._beliefs.without(prompt)
 
     def to_json(self) -> dict[str, Any]:
@@ -204,7 +222,7 @@ class Population:
         population._games = {m.prompt.id: m.games for m in members}
         known = {m.prompt.id: m.rating for m in members}
         population._beliefs = beliefs.restore(data.get("beliefs"), known, rating, population.root.id)
-        population._frontier = Frontier.from_json(data.get("frontier", ()), evolution.pareto_window)
+        population._frontier = Frontier.from_json(data.get("frontier", ()), population._frontier.window)
         population.lineage = Lineage.from_json(data["lineage"])
         population._aside = dict(data.get("aside", {}))
         return population

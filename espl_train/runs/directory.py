@@ -31,7 +31,7 @@ from espl_train.settings import differences, from_toml, override, to_toml
 from espl_train.settings.options import options
 
 HARMLESS = (
-    *("steps", "keep_checkpoints", "tensorboard", "overlap", "model.device", "model.threads"),
+    *("steps", "budget_rollouts", "keep_checkpoints", "tensorboard", "overlap", "model.device", "model.threads"),
     *("learner.parallel", "learner.rank_timeout"),
     *("sandbox.max_live", "sandbox.warm", "sandbox.lease_timeout"),
     *("evolution.reflector", "reflection.*"),

@@ -32,6 +32,9 @@ SHORT = {
 }  # fmt: skip
 VALUES = ("config", "preset", "resume")
 TOOLS = "env.args.tools"
+PRESETS = {
+    "": "Presets (--preset NAME)", "Baseline": "Baselines (presets, too)", "Control": "Controls (presets, too)",
+}  # fmt: skip
 FLAGS = ("dry-run", "quiet", "help", "version")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -185,11 +188,21 @@ def help_text(width: int | None = None) -> str:
     commands = [_row(f"espl-train {c.usage}", c.about, width) for c in COMMANDS.values()]
     parts = [USAGE, "Commands beside training (each has a --help)", *commands, ""]
     parts += ["Command", *(_row(left, right, width) for left, right in COMMAND_OPTIONS), ""]
-    parts += ["Presets (--preset NAME)", *(_row(n, d, width) for n, d in preset_descriptions().items()), ""]
+    for heading, rows in _presets().items():
+        parts += [heading, *(_row(name, text, width) for name, text in rows), ""]
     parts += ["Run", *_rows("", width)]
     for section in sections():
         parts += ["", f"{section.capitalize()} ({section_doc(section)})", *_rows(section, width)]
     return "\n".join(parts) + "\n"
+
+
+def _presets() -> dict[str, list[tuple[str, str]]]:
+    """Heading → presets. What a description begins with says where it belongs."""
+    groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in PRESETS.values()}
+    for name, text in preset_descriptions().items():
+        kind = next((kind for kind in PRESETS if kind and text.startswith(f"{kind}: ")), "")
+        groups[PRESETS[kind]].append((name, text.removeprefix(f"{kind}: ")))
+    return groups
 
 
 def section_doc(section: str) -> str:

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -136,9 +136,13 @@ def _option(key: str, info: FieldInfo, default: Any) -> Option:
     if get_origin(kind) in (Union, types.UnionType):
         inner = [a for a in get_args(kind) if a is not types.NoneType]
         kind, optional = inner[0], len(inner) < len(get_args(kind))
+    rules = list(info.metadata)
+    if get_origin(kind) is Annotated:      # a bounded number that may be None
+        kind, *more = get_args(kind)
+        rules += [rule for part in more for rule in getattr(part, "metadata", [part])]
     bounds = tuple(
         f"{words} {getattr(rule, name):g}"
-        for rule in info.metadata
+        for rule in rules
         for name, words in BOUNDS.items()
         if getattr(rule, name, None) is not None
     )
