@@ -115,7 +115,7 @@ class Island:
         tasks = self.sets.train.tasks
         with purpose(island=self.name):
             return await self.breeder.breed(
-                step, self.population, groups, tasks, client.complete, trial=trials, closed=client.closed()
+                step, self.population, groups, tasks, client.complete, trials, client.closed()
             )
 
     def settle(

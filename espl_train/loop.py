@@ -285,6 +285,7 @@ class Trainer:
                     if note := check.note():
                         self.console.warn(note)
             spent.tokens += trials.tokens
+        self.totals = self.totals.validated(trials.played)
         return {f"twins/{name.partition('/')[2]}": count for name, count in trials.metrics().items()}
 
     def _begin(self) -> None:
