@@ -236,7 +236,7 @@ def _end_labels(
         last = max(y, last + gap)
         weight = "bold" if name == best else "normal"
         axis.annotate(
-            f"{name} ({roles[name]})" if name in roles else name,
+            _local(name) + (f" ({roles[name]})" if name in roles else ""),
             (x, last),
             xytext=(8, 0),
             textcoords="offset points",
@@ -246,6 +246,11 @@ def _end_labels(
             fontweight=weight,
             annotation_clip=False,
         )
+
+
+def _local(prompt: str) -> str:
+    """The id of a prompt without the environment, which its row is named after."""
+    return prompt.rpartition(":")[2]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
