@@ -31,8 +31,10 @@ def overlaps(config: Config, engine: Engine, device: str) -> bool:
 
 
 def elsewhere(config: Config) -> bool:
-    """Whether breeding leaves the engine alone: a server reflects, and no operator plays trials."""
-    return config.evolution.reflector == "endpoint" and not config.evolution.prune_probability
+    """Whether breeding leaves the engine alone: a server reflects, and nobody plays trials."""
+    evolution = config.evolution
+    tried = evolution.prune_probability or evolution.acceptance != "none"
+    return evolution.reflector == "endpoint" and not tried
 
 
 def check(config: Config, concurrent: bool) -> None:
