@@ -74,6 +74,7 @@ def test_whoever_names_environments_leaves_those_below_behind(tmp_path: Path) ->
         (("--envs.a.id", A, "--envs.b.id", B, "--env.holdout_from", "test"), "both given"),
         (("--envs", '{"a": 1}'), "envs.a is 1 (command line); it takes a table with an id."),
         (("--envs", f'{{"a b": {{"id": "{A}"}}}}'), "a name is made of letters"),
+        (("--envs.all.id", A, "--envs.b.id", B), "take another name"),
         (("--env", A, "--env", B, "--env.holdout_from", "dev"), "envs.countdown.holdout_from is 'dev'"),
         (("--env", A, "--env", B, "--env.test_args.world", "3"), "envs.countdown.test_args are given without"),
         (("--env", A, "--evolution.migration", "0.5"), "is the only environment"),

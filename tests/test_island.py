@@ -120,6 +120,16 @@ def test_a_record_has_each_environment_as_if_alone_and_all_of_them_weighted(
     assert rows["all: validation, start"].count == 6
 
 
+@pytest.mark.parametrize(("mode", "updates", "prompts"), [("rl", 1, 1), ("evolution", 0, 2)])
+def test_the_two_halves_of_the_method_have_several_environments_too(
+    mode: str, updates: int, prompts: int, model: Path, tmp_path: Path, theatre: Theatre
+) -> None:
+    trainer, summary = run(two(model, tmp_path / "run", mode=mode, steps=1))
+    assert len(theatre.updates) == updates and [len(i.population) for i in trainer.islands] == [prompts] * 2
+    assert [c.prompt for c in summary.chosen] == ["letters:p0000", "parity:p0000"]
+    assert all(g.prompt.endswith(":p0000") and len(g.rollouts) == 6 for groups in theatre.updates for g in groups)
+
+
 @pytest.mark.usefixtures("theatre")
 def test_every_environment_has_its_best_prompt_and_its_files(model: Path, tmp_path: Path) -> None:
     trainer, summary = run(two(model, tmp_path / "run"))

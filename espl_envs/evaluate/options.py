@@ -76,7 +76,8 @@ def parser() -> Parser:
     who.add_argument("--model", metavar="NAME", help="the server's model; without --base-url a folder or hub id")
     who.add_argument("--command", metavar="WORDS", help="a program; {task_file} stands for the file with its task")
     who.add_argument("--run", metavar="DIR", help="a run of espl-train: its adapter and its chosen prompt")
-    who.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id")
+    who.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id; "
+                     "NAME/best where it has several environments")
     how = made.add_argument_group("models")
     how.add_argument("--api-key-env", metavar="VARIABLE", help=f"environment variable with the key ({VARIABLE})")
     how.add_argument("--temperature", type=_amount, metavar="T")

@@ -63,8 +63,8 @@ def _parser() -> Parser:
         "Further options as of espl-train: --engine vllm, --engine.*, --model.device, --model.dtype, …",
     )
     made.add_argument("target", metavar="RUN|MODEL", help="a run directory, a model folder, 'micro' or a hub id")
-    made.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id; it is "
-                      "the system prompt of conversations that bring none")
+    made.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id (with "
+                      "several environments NAME/best); the system prompt of conversations that bring none")
     made.add_argument("--port", type=int, default=0, help="0 (default): a free one, which is printed")
     made.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1); elsewhere needs a key")
     made.add_argument("--key", action="store_true", help="ask clients for a key: a random one, which is printed")

@@ -120,6 +120,8 @@ def _tables(given: Mapping[str, Any], origin: str) -> Tables:
     for name, table in tables.items():
         if not NAME.fullmatch(name):
             raise ConfigError(f"envs.{name} ({origin}): a name is made of letters, digits, - and _.")
+        if name == "all":
+            raise ConfigError(f"envs.all ({origin}): tables call all environments together so; take another name.")
         for leaf, value in table.items():
             found = option(f"{ENVS}.{name}.{leaf}")
             if found is not None and (wrong := unfit(found, value, origin)):
