@@ -46,7 +46,6 @@ espl-train trains a language model's weights and its system prompt together (E-S
   espl-train --env espl/GSM8K-v0 --tools python   the model may run Python in a box
   espl-train --preset aimo_beyondaime             an experiment of the paper
   espl-train --resume runs/NAME                   continue a run where it stopped
-  espl-train review runs/NAME                     read the children that wait, let them in or not (review --help)
 """
 COMMAND_OPTIONS = (
     ("--env ID", "environment to train on (env.id)"),
