@@ -119,6 +119,12 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(whole) + "\n" + '{"key": "b", "prin')
     rows = record.read(tmp_path / "rows.jsonl")
     assert rows == {"a": whole}
+    record.mend(tmp_path / "rows.jsonl")
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"key": "c"}) + "\n")
+    assert list(record.read(tmp_path / "rows.jsonl")) == ["a", "c"]
+    record.mend(tmp_path / "new" / "rows.jsonl")
+    assert record.read(tmp_path / "new" / "rows.jsonl") == {}
     jobs = [ablation.Job("main", "rl", 1, BOTH, after="b"), ablation.Job("main", "rl", 2, BOTH, after="a")]
     assert record.next_ready(jobs, rows) is jobs[1]
     assert record.evolved(jobs[1], rows) == ("⊕ adds",)

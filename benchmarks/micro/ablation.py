@@ -104,9 +104,9 @@ def main() -> None:
     """One step of the experiment, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "fix", "check", "report", "tabular", "show"))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="tune: these only")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="tune: these only")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--share", default="0/1", help="I/N: only every N-th world, from the I-th on")
+    parser.add_argument("--share", type=share, default=(0, 1), help="I/N: only every N-th world, from the I-th on")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the records")
     options = parser.parse_args()
@@ -114,14 +114,18 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     def done(jobs: Iterator[Job], name: str) -> dict[str, Row]:
-        part, parts = map(int, options.share.split("/"))
+        part, parts = options.share
         mine = [job for job in jobs if job.world % parts == part]
         return work(mine, folder / name, options.processes, options.seconds)
 
     if options.what == "tune":
         done(tuning(options.arms), "tuning.jsonl")
     elif options.what == "fix":
-        (folder / "fixed.json").write_text(json.dumps(choose(read(folder / "tuning.jsonl")), indent=1) + "\n")
+        try:
+            chosen = choose(read(folder / "tuning.jsonl"))
+        except KeyError as missing:
+            sys.exit(f"ablation: {folder / 'tuning.jsonl'} lacks the run {missing}: first `tune`")
+        (folder / "fixed.json").write_text(json.dumps(chosen, indent=1) + "\n")
     elif options.what == "check":
         done(checks(fixed(folder)), "checks.jsonl")
     elif options.what == "report":
@@ -133,7 +137,17 @@ def main() -> None:
     else:
         from benchmarks.micro import tables
 
+        if not read(folder / "rows.jsonl"):
+            sys.exit(f"ablation: there is nothing to show in {folder}: first `report`")
         tables.show(folder)
+
+
+def share(text: str) -> tuple[int, int]:
+    """"1/2" as numbers."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: of two, the first is 0/2 and the second 1/2")
+    return int(part), int(parts)
 
 
 def fixed(folder: Path) -> dict[str, Any]:

@@ -31,13 +31,22 @@ def read(path: Path) -> dict[str, Row]:
     return rows
 
 
+def mend(path: Path) -> None:
+    """End a last line that was cut off, so that the next one begins on its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as record:
+        record.seek(max(record.tell() - 1, 0))
+        if record.read(1) not in (b"", b"\n"):
+            record.write(b"\n")
+
+
 def work(jobs: Sequence[Job], path: Path, processes: int, seconds: float = float("inf")) -> dict[str, Row]:
     """Run what the record at `path` does not hold yet, in order, and return all its rows.
 
     A job whose `after` is not there yet waits while others run. No job is begun once `seconds` are over.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows, started = read(path), time.monotonic()
+    mend(path)
     left = [job for job in jobs if job.key not in rows]
     total, running = len(left), dict[Future[Row], Job]()
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")      # read by torch when a worker imports it
