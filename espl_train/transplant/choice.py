@@ -29,7 +29,7 @@ FREE = (
 def plan(chosen: Namespace, overrides: Mapping[str, Any]) -> Plan:
     """The plan of these words; `overrides` are further options as of espl-train. Raises EsplError for what is not
     there, or does not go together."""
-    played, settings = _split_overrides(overrides)
+    args, settings = _split_overrides(overrides)
     runs = [Snapshot.of(folder) for folder in _once(chosen.runs)]
     named = [_weights(spec) for spec in chosen.weights]
     everybody = [*runs, *(one.run for one in named if one.run)]
@@ -39,10 +39,10 @@ def plan(chosen: Namespace, overrides: Mapping[str, Any]) -> Plan:
     weights = _rows(runs, named, notes)
     first = everybody[0]
     config = override(first.config, settings)
-    env_id, env = _environment(first, chosen.env, played)
-    prompts = _columns(runs, chosen.prompts, env_id, notes)
+    played, env = _environment(first, chosen.env, args)
+    prompts = _columns(runs, chosen.prompts, played, notes)
     one_base([*everybody, *(one.run for one in prompts if one.run)])
-    _one_environment(everybody, env_id, chosen.env)
+    _one_environment(everybody, played, chosen.env)
     problems = _problems(config, env, chosen.split)
     most = chosen.problems or getattr(config.evaluation, {"test": "test_problems"}.get(chosen.split, "problems"))
     temperature = 0.0 if chosen.greedy else chosen.temperature
@@ -58,11 +58,11 @@ def plan(chosen: Namespace, overrides: Mapping[str, Any]) -> Plan:
 
 def _split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the environment, and settings. Raises ConfigError for what changes nothing here."""
-    played = {key: value for key, value in overrides.items() if key.startswith("env.args")}
-    settings = {key: value for key, value in overrides.items() if key not in played}
+    args = {key: value for key, value in overrides.items() if key.startswith("env.args")}
+    settings = {key: value for key, value in overrides.items() if key not in args}
     if other := [key for key in settings if not key.startswith(FREE)]:
         raise ConfigError(f"--{other[0]} changes nothing when weights and prompts are transplanted: leave it out.")
-    return played, settings
+    return args, settings
 
 
 def _once(folders: Sequence[Path]) -> list[Path]:
@@ -103,14 +103,14 @@ def _rows(runs: Sequence[Snapshot], named: Sequence[Weights], notes: list[str]) 
     return rows
 
 
-def _columns(runs: Sequence[Snapshot], specs: Sequence[str], env_id: str, notes: list[str]) -> list[Prompt]:
+def _columns(runs: Sequence[Snapshot], specs: Sequence[str], played: str, notes: list[str]) -> list[Prompt]:
     """No prompt, and those that are named; by default the root prompts where they say something, and every run's
     best."""
     columns = [Prompt(NONE)]
     if specs:
-        columns += [_prompt(spec, env_id) for spec in specs if spec.partition("=")[2] != NONE]
+        columns += [_prompt(spec, played) for spec in specs if spec.partition("=")[2] != NONE]
     else:
-        for found in _defaults(runs, env_id):
+        for found in _defaults(runs, played):
             same = next((one for one in columns if one.text == found.text), None)
             if same is None:
                 taken = [one.name for one in columns]
@@ -124,16 +124,16 @@ def _columns(runs: Sequence[Snapshot], specs: Sequence[str], env_id: str, notes:
     return columns
 
 
-def _defaults(runs: Sequence[Snapshot], env_id: str) -> Iterator[Prompt]:
+def _defaults(runs: Sequence[Snapshot], played: str) -> Iterator[Prompt]:
     for run in runs:
-        root = run.populations[_island(run, env_id)].root
+        root = run.populations[_island(run, played)].root
         yield Prompt("root", run.text(root.principles), f"root prompt of {run.name}")
     for run in runs:
-        yield _of_run(run.name, run, "best", env_id)
+        yield _of_run(run.name, run, "best", played)
 
 
-def _of_run(name: str, run: Snapshot, which: str, env_id: str) -> Prompt:
-    if "/" not in which and (own := _island(run, env_id)):
+def _of_run(name: str, run: Snapshot, which: str, played: str) -> Prompt:
+    if "/" not in which and (own := _island(run, played)):
         which = f"{own}/{which}"
     island, prompt = run.find_one(which)
     evolved = prompt.id != run.populations[island].root.id
@@ -143,7 +143,7 @@ def _of_run(name: str, run: Snapshot, which: str, env_id: str) -> Prompt:
     )
 
 
-def _prompt(spec: str, env_id: str) -> Prompt:
+def _prompt(spec: str, played: str) -> Prompt:
     """NAME=RUN, NAME=RUN:ID, or NAME=FILE with the text, or with the JSON of an export."""
     name, _, source = _pair(spec, "--prompts NAME=RUN, NAME=RUN:ID, NAME=FILE or none")
     if name == NONE:
@@ -152,7 +152,7 @@ def _prompt(spec: str, env_id: str) -> Prompt:
     if Path(source).is_dir() or not colon:
         folder, which = source, "best"
     if Path(folder).is_dir():
-        return _of_run(name, Snapshot.of(Path(folder)), which, env_id)
+        return _of_run(name, Snapshot.of(Path(folder)), which, played)
     if not Path(source).is_file():
         raise EsplError(f"--prompts {spec}: there is no run and no file {source}")
     return Prompt(name, _read(Path(source)), f"file {source}")
@@ -194,12 +194,12 @@ def _distinct(named: Sequence[Weights] | Sequence[Prompt], option: str) -> None:
         raise EsplError(f"{option}: the name {twice!r} is given twice")
 
 
-def _island(run: Snapshot, env_id: str) -> str:
+def _island(run: Snapshot, played: str) -> str:
     """The environment of a run whose prompts are meant: its only one, or the one that is played."""
     environments = run.config.environments
-    if len(environments) == 1:
-        return next(iter(environments))
-    fitting = [name for name, env in environments.items() if env_id in (env.id, env.test_id)]
+    if len(environments) == 1 or played in environments:
+        return played if played in environments else next(iter(environments))
+    fitting = [name for name, env in environments.items() if played in (env.id, env.test_id)]
     if len(fitting) != 1:
         raise EsplError(
             f"{run.folder} has prompts for several environments ({', '.join(environments)}): name one, as in "
@@ -209,8 +209,8 @@ def _island(run: Snapshot, env_id: str) -> str:
 
 
 def _environment(first: Snapshot, asked: str | None, args: Mapping[str, Any]) -> tuple[str, EnvConfig]:
-    """What is played: the id that prompts are looked up by, and the environment: the run's own unless one is asked for
-    (by its id, or by its name in a run that has several)."""
+    """What is played, by the name or id that prompts are looked up by, and the environment: the run's own unless one
+    is asked for (by its id, or by its name in a run that has several)."""
     own = first.config.environments
     if asked is None or asked in own:
         if asked is None and len(own) > 1:
@@ -218,14 +218,14 @@ def _environment(first: Snapshot, asked: str | None, args: Mapping[str, Any]) ->
         env = own[asked] if asked is not None else next(iter(own.values()))
         if args:
             raise ConfigError(f"--{next(iter(args))} belongs to an environment that is named: add --env ID.")
-        return env.id, env
+        return asked or env.id, env
     env = load((), None, {"env.id": asked, **args}).env
     splits = text_env(env.id, env.args).splits
     tested = {"test_id": env.id, "test_args": env.args} if "test" in splits else {}
     return env.id, env.model_copy(update=tested)
 
 
-def _one_environment(runs: Sequence[Snapshot], env_id: str, asked: str | None) -> None:
+def _one_environment(runs: Sequence[Snapshot], played: str, asked: str | None) -> None:
     """Raises EsplError where runs were trained on different things and nobody said which of them is played."""
     first = runs[0].config.environments
     for other in runs[1:]:
@@ -233,7 +233,7 @@ def _one_environment(runs: Sequence[Snapshot], env_id: str, asked: str | None) -
             theirs = other.config
             raise EsplError(
                 f"{runs[0].folder} was trained on {_told(runs[0].config)}, {other.folder} on {_told(theirs)}: say what "
-                f"is played, as in --env {env_id}"
+                f"is played, as in --env {played}"
             )
 
 
