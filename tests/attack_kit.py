@@ -248,8 +248,8 @@ def _dressed(answer: str, kind: str, draw: random.Random) -> tuple[str, str]:
 
 
 NEEDS_LENGTH = {
-    "digit words", "hyphened digit words", "spaced digits", "hyphened digits", "dotted digits", "listed digits", "base64",
-    "codes", "backwards", "sum", "letters for digits", "brackets",
+    "digit words", "hyphened digit words", "spaced digits", "hyphened digits", "dotted digits", "listed digits",
+    "base64", "codes", "backwards", "sum", "letters for digits", "brackets",
 }  # fmt: skip
 NEEDS_LETTERS = {"rot13", "backwards", "words backwards", "places in the alphabet", "nested base64", "Caesar", "leet"}
 
@@ -311,7 +311,7 @@ def made(count: int, seed: int = 5) -> dict[int, Task]:
         if i % 3:
             question = (
                 f"{who} packs {a} crates of {what} in {where}, with {b} {what} in every crate, and on the way home "
-                f"{who} loses {c} of them in a storm near the harbour. How many {what} does {who} still have in the evening?"
+                f"{who} loses {c} of them in a storm near the harbour. How many {what} does {who} have in the evening?"
             )
             tasks[i] = Task(f"made-{i}", "train", question, str(a * b - c))
         else:
