@@ -16,6 +16,7 @@ import pytest
 from espl_envs.core.errors import EsplError, MissingData
 from espl_train import cli, preflight
 from espl_train.runs.summary import Chosen, Score, Summary
+from espl_train.settings.subcommands import COMMANDS
 
 Body = Callable[[Any], None]
 
@@ -93,7 +94,8 @@ def test_quiet_prints_the_summary_only(trainer: Any, capsys: pytest.CaptureFixtu
         (["--model", "./absent"], ["./absent", "no such folder"]),
         (["--learner.loss", "ppoo"], ["learner.loss", "ppo"]),
         (["--rollout.top_p", "0.5"], ["biases the ratios"]),
-        (["train"], ["Unexpected argument 'train'"]),
+        (["train"], ["Unexpected argument 'train'", "the commands are serve,"]),
+        (["exprot", "run"], ["Unexpected argument 'exprot'", "Did you mean export?"]),
     ],
 )
 def test_wrong_input_is_a_sentence_and_exit_code_2(
@@ -207,6 +209,17 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(
     code, out, _ = outcome(capsys, "--dry-run", "--preset", "paper", "--seed", "7")
     assert code == 0 and "seed = 7" in out and 'selection = "softmax"' in out and "checked  nothing" in out
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_help_and_explains_unknown_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0 and f"usage: espl-train {name}" in capsys.readouterr().out
+    code, out, err = outcome(capsys, name, "run", "--no-such-option", "x")
+    assert code == 2 and out == "" and "--no-such-option" in err and err.count("\n") == 1
 
 
 def test_help_and_version_are_quick_and_import_nothing_heavy() -> None:
