@@ -11,7 +11,8 @@ import binascii
 import codecs
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from urllib.parse import unquote
 
 from espl_train.evolution.guards.writing import plain
@@ -24,7 +25,7 @@ CODES = re.compile(r"\b\d{1,3}(?:[\s,.;:-]+\d{1,3}){2,}\b")
 BITS = re.compile(r"\b[01]{7,8}(?:\s+[01]{7,8})+\b")
 CIPHER = re.compile(r"\brot|caesar|cipher|shift|decode|decrypt|encod", re.IGNORECASE)
 BACKWARDS = re.compile(r"revers|backward|mirror|right to left|flip", re.IGNORECASE)
-LEET = str.maketrans("013457@$!|+€£8", "oleastasiltelb")
+LEET: dict[int, int | str] = {**str.maketrans("013457@$!|+€£8", "oleastasiltelb")}
 LEET_TOKEN = re.compile(r"(?=[\w@$!|+€£]*[^\W\d_])(?=[\w@$!|+€£]*[\d@$!|+€£])[\w@$!|+€£]{3,}")
 SPACED = re.compile(r"(?<!\w)\w(?:[\s.*_·•|/-]{1,3}\w){2,}(?!\w)")
 LEAST_PRINTABLE = 3
@@ -56,11 +57,11 @@ def decoded(text: str) -> Iterator[str]:
 def disguised(text: str) -> Iterator[str]:
     """Other readings: leetspeak, letters apart, backwards as a whole and word by word, shifted through the alphabet."""
     bare = plain(text)
-    for one in "li":
-        leet = LEET_TOKEN.sub(lambda m, one=one: m[0].replace("1", one).translate(LEET), bare)
+    for table in (LEET, {**LEET, ord("1"): "i"}):
+        leet = LEET_TOKEN.sub(partial(_translated, table), bare)
         if leet != bare:
             yield leet
-            yield bare.replace("1", one).translate(LEET)
+            yield bare.translate(table)
     joined = SPACED.sub(lambda m: re.sub(r"[\s.*_·•|/-]", "", m[0]), bare)
     if joined != bare:
         yield joined
@@ -69,6 +70,10 @@ def disguised(text: str) -> Iterator[str]:
     yield from {codecs.encode(text, "rot13"), codecs.encode(bare, "rot13")}
     if CIPHER.search(bare):
         yield from (_shifted(bare.casefold(), by) for by in range(1, 26))
+
+
+def _translated(table: Mapping[int, int | str], match: re.Match[str]) -> str:
+    return match[0].translate(table)
 
 
 def _printable(raw: bytes | None) -> Iterator[str]:

@@ -223,7 +223,7 @@ class Leaks:
             return True
         left = re.search(r"(\d[\d,.]*)\W*$", digits_for_words(one))
         right = re.match(r"\W*(\d[\d,.]*)", digits_for_words(other))
-        return bool(left and right) and self._is_telling(left[1].strip(".,") + right[1].strip(".,"))
+        return left is not None and right is not None and self._is_telling(left[1].strip(".,") + right[1].strip(".,"))
 
     def _halves(self, one: str, other: str) -> bool:
         """Whether one text says how an answer begins and the other how it ends."""

@@ -7,9 +7,10 @@ texts share ("find the smallest positive integer n such that") is the wording of
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from espl_train.evolution.guards.writing import words
 
@@ -17,7 +18,9 @@ WORDS = 8
 LETTERS, STRIDE = 40, 8      # blocks of letters begin at every eighth one: 47 in a row surely hold a block
 SHARED, SHARED_PART = 3, 1 / 500     # a piece of more texts than that (the larger bound) is the wording of a kind
 LONGEST = 20_000             # characters of one text that are looked at
+SHIFT = np.uint64(0x110000)          # codes of letters are none of words
 ODD = np.uint64(0x9E3779B97F4A7C15)
+WEIGHTS = np.cumprod(np.full(LETTERS, ODD))      # a window in another order is another one
 
 
 class Passages:
@@ -66,20 +69,19 @@ class Passages:
 
 
 def _by_words(spoken: Sequence[str]) -> np.ndarray:
-    return _rolling([zlib.crc32(word.encode()) for word in spoken], WORDS)
+    return _hashed(np.array([zlib.crc32(word.encode()) for word in spoken], np.uint64), WORDS, 1)
 
 
 def _by_letters(spoken: Sequence[str], stride: int) -> np.ndarray:
-    return _rolling((ord(c) + 0x110000 for c in "".join(spoken)), LETTERS)[::stride]
+    codes = np.frombuffer("".join(spoken).encode("utf-32-le", "surrogatepass"), np.uint32)
+    return _hashed(codes.astype(np.uint64) + SHIFT, LETTERS, stride)
 
 
-def _rolling(codes: Iterable[int], size: int) -> np.ndarray:
-    """A hash of every window of `size` codes: (windows,) uint64, wrapping arithmetic."""
-    row = np.fromiter(codes, np.uint64)
-    if len(row) < size:
+def _hashed(codes: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """A hash of every `stride`-th window of `size` codes: (windows,) uint64, wrapping arithmetic."""
+    if len(codes) < size:
         return np.empty(0, np.uint64)
-    total = np.zeros(len(row) - size + 1, np.uint64)
-    for place in range(size):
-        mixed = row[place : place + len(total)] ^ (row[place : place + len(total)] >> np.uint64(7))
-        total = total * ODD + mixed
-    return total ^ (total >> np.uint64(29))
+    mixed = codes * ODD
+    mixed ^= mixed >> np.uint64(29)
+    total: np.ndarray = (sliding_window_view(mixed, size)[::stride] * WEIGHTS[:size]).sum(axis=1, dtype=np.uint64)
+    return total ^ (total >> np.uint64(31))

@@ -46,7 +46,7 @@ class Pointing:
 
     def at(self, spoken: Sequence[str], among: Collection[int], without: Collection[str]) -> Mapping[int, float]:
         """Problem → bits with which a text points at it, for those `among` the problems that it names at all."""
-        found: Counter[int] = Counter()
+        found: dict[int, float] = {}
         words: Counter[int] = Counter()
         named: set[int] = set()
         for word in _telling(spoken) - {stem(w) for w in without}:
@@ -56,7 +56,7 @@ class Pointing:
             digit = word.isdigit() and len(word) == 1
             bits = min(self.bits(len(holders)), DIGIT_BITS) if digit else self.bits(len(holders))
             for problem in filter(among.__contains__, holders):
-                found[problem] += bits
+                found[problem] = found.get(problem, 0.0) + bits
                 words[problem] += 1
                 if not digit:
                     named.add(problem)
