@@ -112,7 +112,8 @@ class Client:
             return ""
         reasons = "\n".join(f"  {count:>5,} × {why}" for why, count in self._why.most_common(REASONS))
         return (
-            f"reflection by {self.source.name} has brought no reply for {self._silent} iterations in a row "
+            f"reflection by {self.source.name} has brought no reply for {self._silent} iteration"
+            f"{'s' * (self._silent > 1)} in a row "
             f"(reflection.max_failures):\n{reasons}\nContinue when it answers again, or with another one "
             "(--evolution.reflector, --reflection.base_url, --reflection.model)."
         )
