@@ -10,9 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import loop_kit
 import pytest
 import torch
 from hub_model import hub_model
+from loop_kit import breed_simply, config, deal, run
 from markdown_it import MarkdownIt
 from peft import PeftModel
 from run_kit import write_run
@@ -134,6 +136,34 @@ def test_the_request_asks_as_an_episode_does(made: Made, tmp_path: Path) -> None
     assert wire.messages(wire.read(wire.ChatRequest, json.dumps(body).encode())), "our own server takes it"
     root = read(export(Snapshot.of(made.out), tmp_path / "root", "root"), "request.json")
     assert [message["role"] for message in root["messages"]] == ["user"], "no principles, no system message"
+
+
+def test_a_run_leaves_the_same_behind_by_itself(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    breed_simply(monkeypatch)
+    deal(monkeypatch)
+    out = tmp_path / "run"
+    run(config(model, out, steps=1))
+    folder = export(Snapshot.of(out), tmp_path / "x")
+    for name in (bundle.PROMPT, "request.json"):
+        assert (out / "export" / name).read_bytes() == (folder / name).read_bytes()
+    assert read(folder)["test"]["openings"] == [{"step": 1, "by": "run"}]
+    assert "=../policy" in (out / "export" / bundle.PAGE).read_text()
+
+
+def test_several_environments_have_a_folder_each(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    breed_simply(monkeypatch)
+    deal(monkeypatch, lambda key, _: float(key.sample % 2))
+    monkeypatch.setattr(loop_kit, "SMALL", {k: v for k, v in loop_kit.SMALL.items() if k != "env.id"})
+    parity = {"id": "espl_parity:espl-test/Parity-v0"}
+    run(config(model, tmp_path / "run", steps=1, envs={"a": parity, "b": {**parity, "args": {"max_turns": 2}}}))
+    assert cli.main(["export", str(tmp_path / "run")]) == 0
+    records = (tmp_path / "run-export").rglob(bundle.PROMPT)
+    assert sorted(path.parent.name for path in records) == ["a", "b"]
+    assert len(capsys.readouterr().out.splitlines()) == 8, "three files for each, and two of the adapter"
+    assert cli.main(["export", str(tmp_path / "run"), "--prompt", "b/root", "--out", str(tmp_path / "x")]) == 0
+    assert [path.name for path in (tmp_path / "x" / "envs").iterdir()] == ["b"]
 
 
 def test_nothing_of_the_run_is_changed(made: Made, tmp_path: Path) -> None:
