@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub_model import hub_model
 from loop_kit import Play, Theatre, breed_simply, config, deal, resume, run
 
-from espl_train import schedule
+from espl_train import loop, schedule
 from espl_train.config import Config
 from espl_train.learner.update import Learner
 from espl_train.loop import Trainer
@@ -123,9 +124,9 @@ def test_sequential_freezes_first_the_weights_and_then_the_prompts(
 def test_the_test_above_notices_a_switch_that_never_comes(
     theatre: Theatre, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(model, tmp_path / "a", **SEQUENTIAL)
-    monkeypatch.setattr(schedule, "turn", lambda config: config.steps)
-    trainer, _ = run(settings)
+    never = SimpleNamespace(**{**vars(schedule), "phase": lambda *_: schedule.PROMPTS})
+    monkeypatch.setattr(loop, "schedule", never)
+    trainer, _ = run(config(model, tmp_path / "a", **SEQUENTIAL))
     assert theatre.updates == [] and trainer.islands[0].chosen is None
 
 
