@@ -190,6 +190,8 @@ class Breeder:
             scene.events.append({"event": "trial", "operator": operator, "accepted": not decision.refused, **details})
             if decision.refused:
                 scene.reflector.rejections[decision.refused.reason] += 1
+                name = f"a {operator} child of step {scene.step}, which was no better"
+                self._duplicates.forbid(name, [p.text for p in children[f"{operator} {number}"].principles])
             accepted[number] = operator, decision.refused or result
         return accepted
 
