@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Split = Literal["train", "validation", "test"]
+LEAST_TWINS = 4      # problems without which a comparison with twins says nothing
 
 
 class Section(BaseModel):
@@ -285,17 +286,20 @@ class EvolutionConfig(Section):
     winner_margin: float = Field(0.01, description="`margin`: mean reward that the winner must be ahead by")
     winner_probability: Fraction = Field(0.8, description="`posterior`: probability of being best")
     canary: bool = Field(
-        True, description="plant invented words in what reflection reads (where the templates print them): who copies them "
-        "is refused"
+        True, description="plant invented words in what reflection reads, where the templates print them: who copies "
+        "them is refused"
     )
     duplicate_similarity: Fraction = Field(
-        0.9, description="children whose principles are as alike as that to a known prompt's are refused; 1 = equal texts only"
+        0.9, description="children whose principles are as alike as that to a known prompt's are refused; 1 = equal "
+        "texts only"
     )
     twin_problems: int = Field(
-        0, ge=0, description="problems on which prompts that may become the best are compared with renumbered twins; 0 = off"
+        0, ge=0, description="problems on which prompts that may become the best are compared with renumbered twins; "
+        "0 = off"
     )
     twin_margin: Annotated[float, Field(gt=0)] = Field(
-        3.0, description="standard errors by which a prompt must be better on seen problems than on twins to be quarantined"
+        3.0, description="standard errors by which a prompt must be better on seen problems than on twins to be "
+        "quarantined"
     )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from espl_train.evolution.guards.quarantine import LEAST, Finding, ancestry, compare
+from espl_train.config import LEAST_TWINS
+from espl_train.evolution.guards.quarantine import Finding, ancestry, compare
 from espl_train.island import Island
 from espl_train.trials import Trials
 
@@ -63,7 +64,7 @@ async def _compare(island: Island, prompt: str, trials: Trials) -> Finding | Non
     seen = island.breeder.shown(ancestry(prompt, island.population.lineage))[:count]
     twins = island.sets.train.twins
     others = seen if twins else island.deck.untouched(count)
-    if min(len(seen), len(others)) < LEAST:
+    if min(len(seen), len(others)) < LEAST_TWINS:
         return None
     root = island.population.root
     pair = {prompt: island.population[prompt].principles, root.id: root.principles}

@@ -17,8 +17,9 @@ import espl_envs
 from espl_envs.core.errors import EsplError
 from espl_envs.core.tasks import Twinned
 from espl_train import loop
+from espl_train.config import LEAST_TWINS
 from espl_train.evolution.breeding import Breeder, BreedingReport
-from espl_train.evolution.guards.quarantine import LEAST, Quarantine, ancestry, compare
+from espl_train.evolution.guards.quarantine import Quarantine, ancestry, compare
 from espl_train.evolution.lineage import Lineage
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Principle, SystemPrompt
@@ -67,11 +68,11 @@ def test_without_the_root_hard_twins_would_be_mistaken_for_memory() -> None:
 
 
 def test_too_little_says_nothing_and_faults_are_left_out() -> None:
-    few = {p: [1.0] for p in range(LEAST - 1)}
+    few = {p: [1.0] for p in range(LEAST_TWINS - 1)}
     assert compare((few, few), (few, few), True) is None
-    holes = {**{p: [1.0, 0.0] for p in range(LEAST)}, 77: []}
+    holes = {**{p: [1.0, 0.0] for p in range(LEAST_TWINS)}, 77: []}
     finding = compare((holes, holes), (holes, holes), True)
-    assert finding is not None and finding.problems == LEAST
+    assert finding is not None and finding.problems == LEAST_TWINS
 
 
 def test_one_clear_check_suffices_and_leaving_takes_a_cleaner_one() -> None:

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator
 
 from espl_train import schedule
-from espl_train.config import Config, EvolutionConfig, LearnerConfig
-from espl_train.evolution.guards.quarantine import LEAST
+from espl_train.config import LEAST_TWINS, Config, EvolutionConfig, LearnerConfig
 from espl_train.settings.options import ConfigError
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -152,8 +151,8 @@ def _baselines(config: Config) -> Iterator[str]:
     changed = [key for key in BASELINES if getattr(evolution, key) != getattr(usual, key)]
     if evolution.twin_problems and config.mode == "rl":
         yield "evolution.twin_problems is given, but mode is rl: there is no prompt but the root to be checked."
-    if 0 < evolution.twin_problems < LEAST:
-        yield f"evolution.twin_problems is {evolution.twin_problems}: fewer than {LEAST} problems say nothing; 0 is off."
+    if 0 < evolution.twin_problems < LEAST_TWINS:
+        yield f"evolution.twin_problems is {evolution.twin_problems}: fewer than {LEAST_TWINS} say nothing; 0 is off."
     if changed and config.mode == "rl":
         yield f"evolution.{changed[0]} is {getattr(evolution, changed[0])!r}, but mode is rl, which breeds nothing."
     if evolution.writer == "placebo" and evolution.evidence == "shuffled":

@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from espl_train.config import LEAST_TWINS
 from espl_train.evolution.lineage import Lineage
 
-LEAST = 4            # problems of each kind without which nothing is said
 CLEARED = 1 / 3      # of the margin: below it a prompt in quarantine is let out
 Scores = Mapping[int, Sequence[float]]      # problem → rewards
 
@@ -50,7 +50,7 @@ def compare(seen: tuple[Scores, Scores], others: tuple[Scores, Scores], twins: b
     if twins:
         both = [p for p in first if p in second]
         first, second = {p: first[p] for p in both}, {p: second[p] for p in both}
-    if min(len(first), len(second)) < LEAST:
+    if min(len(first), len(second)) < LEAST_TWINS:
         return None
     attempts = min(len(row) for scores in (*seen, *others) for row in scores.values() if row)
     noise = 0.5 / attempts          # of a lead: two means of so many rewards of 0 or 1
