@@ -156,9 +156,9 @@ def test_memory_is_bounded_and_evicted_sessions_are_prefilled_again(monkeypatch:
     sizes: list[int] = []
     resize = KVSlab.resize
 
-    def measured(self: KVSlab, rows: int, width: int) -> None:
+    def measured(self: KVSlab, rows: int, width: int, *cut: int) -> None:
         sizes.append(rows * width * self.bytes_per_token)
-        resize(self, rows, width)
+        resize(self, rows, width, *cut)
 
     monkeypatch.setattr(KVSlab, "resize", measured)
     per_token = 2 * 2 * 2 * 8 * 4                    # layers, keys and values, heads, dimension, bytes

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from espl_train.engines import written
+from espl_train.engines import shared
 from espl_train.engines.kv import KVSlab, slab_for
 from espl_train.engines.written import Linear, Rotations, Step
 
@@ -86,8 +86,13 @@ def without_the_last_layer(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_the_mask(patch: pytest.MonkeyPatch) -> None:
-    attend = written.attend_one
-    patch.setattr(written, "attend_one", lambda q, k, v, mask, scale: attend(q, k, v, torch.zeros_like(mask), scale))
+    attend = shared.attend
+    patch.setattr(shared, "attend", lambda q, k, v, mask, *rest: attend(q, k, v, torch.zeros_like(mask), *rest))
+
+
+def without_what_is_shared(patch: pytest.MonkeyPatch) -> None:
+    attend = shared.attend
+    patch.setattr(shared, "attend", lambda q, k, v, *rest: attend(q, k._replace(head=0 * k.head), v, *rest))
 
 
 def without_the_residual(patch: pytest.MonkeyPatch) -> None:
@@ -95,7 +100,8 @@ def without_the_residual(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "break_it", [without_signs, without_the_last_layer, without_the_mask, without_the_residual]
+    "break_it",
+    [without_signs, without_the_last_layer, without_the_mask, without_what_is_shared, without_the_residual],
 )
 @torch.no_grad()
 def test_a_step_that_is_wrong_is_found_out_and_not_used(break_it: Any, monkeypatch: pytest.MonkeyPatch) -> None:

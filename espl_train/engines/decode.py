@@ -16,6 +16,7 @@ import torch
 
 from espl_train.engines.kv import Slab
 from espl_train.engines.sampling import Law, draw, log_probabilities
+from espl_train.engines.shared import Shared
 from espl_train.engines.slots import Row, Slots, common_prefix
 from espl_train.profiling import span
 from espl_train.randomness import uniforms
@@ -54,7 +55,7 @@ class Decoder:
         self.slab, self.device, self.slots = slab, device, slots
         self.reuse = reuse or Reuse()
         self.active: list[Row] = []
-        self.memory = Slots(slab, budget, BLOCK)
+        self.memory = Slots(slab, device, budget, BLOCK)
         self._tight = device.type == "cpu"
         self._padding = PADDING if self._tight else PREFILL_TOKENS
 
@@ -74,7 +75,8 @@ class Decoder:
             width = max(row.known for row in (*self.active, *admitted)) if self._tight else reach
             if len(self.memory.held) > max(self.memory.room(reach), 1):
                 self.memory.shrink(self.active, width)
-            self.memory.place(admitted, policy, width, reach)
+            cut = self.memory.common([*self.active, *admitted]).length
+            self.memory.place(admitted, policy, width, reach, cut)
             self.reuse.needed += sum(len(row.request.tokens) - 1 for row in admitted)
             self.reuse.kept += sum(self.memory.held[row.slot].length for row in admitted)
             with span("sampling/prefill"):
@@ -86,11 +88,12 @@ class Decoder:
         """Decode up to `steps` tokens for every active row; returns the rows that ended."""
         self.memory.compact(self.active)
         steps = min(steps, max(row.limit - len(row.tokens) for row in self.active))
+        common = self.memory.common(self.active)
         if self._tight:
-            self.memory.fit(max(min(row.known + steps, row.reach) for row in self.active))
+            self.memory.fit(max(min(row.known + steps, row.reach) for row in self.active), common.length)
         rows = sorted(self.active, key=attrgetter("slot"))
         with span("sampling/decode"):
-            tokens, logprobs = self._run(rows, steps)
+            tokens, logprobs = self._run(rows, steps, common)
         for row, ids, values in zip(rows, tokens, logprobs, strict=True):
             self._record(row, ids, values)
         done = [row for row in rows if row.stop or row.cancelled]
@@ -99,7 +102,7 @@ class Decoder:
             self.memory.leave(row)
         return done
 
-    def _run(self, rows: list[Row], steps: int) -> tuple[list[list[int]], list[list[float]]]:
+    def _run(self, rows: list[Row], steps: int, common: Shared) -> tuple[list[list[int]], list[list[float]]]:
         """The hot loop: `steps` tokens for all rows, those past their end included (cheaper than asking)."""
         device, count = self.device, len(rows)
         known = np.array([row.known for row in rows])
@@ -116,7 +119,8 @@ class Decoder:
         drawn: list[torch.Tensor] = []
         scored: list[torch.Tensor] = []
         for step in range(steps):
-            logp = log_probabilities(self.slab.step(tokens, positions, min(longest + step, self.memory.width)), law)
+            width = min(longest + step, self.memory.width)
+            logp = log_probabilities(self.slab.step(tokens, positions, width, common), law)
             tokens, value = draw(logp, law, chance[step])
             drawn.append(torch.where(alive, tokens, -1))
             scored.append(value)

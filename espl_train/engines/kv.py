@@ -11,18 +11,20 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from espl_train.compiling import compiled
-from espl_train.engines.written import Step, attend_one
+from espl_train.engines import shared
+from espl_train.engines.cache import Kept, Plan, SlabCache, Target
+from espl_train.engines.shared import NOTHING, Group, Shared
+from espl_train.engines.written import Step
 
+PRICE = 2**17     # bytes that a CPU reads in the time of the operations that one more group costs in a layer
 Rows = Sequence[int]
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,13 @@ class Slab(Protocol):
     model: nn.Module           # may be exchanged for one of the same architecture
     bytes_per_token: int
 
-    def resize(self, rows: int, width: int) -> None:
-        """Make room; what was written stays."""
+    @property
+    def price(self) -> float:
+        """Of one more group of rows that share what they read, in positions of a row: see `shared.find`."""
+        ...
+
+    def resize(self, rows: int, width: int, cut: int = 0) -> None:
+        """Make room; what was written stays. Steps will have `cut` positions in common: see `shared.py`."""
         ...
 
     def move(self, source: Rows, target: Rows, length: int) -> None:
@@ -45,74 +52,16 @@ class Slab(Protocol):
         """Append `pieces[i]` to row `rows[i]`, which holds `starts[i]` tokens already."""
         ...
 
-    def step(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
-        """Feed one token to each of the first rows at its position, all below `width`; logits (rows, vocab)."""
+    def step(self, tokens: Tensor, positions: Tensor, width: int, common: Shared = NOTHING) -> Tensor:
+        """Feed one token to each of the first rows at its position, all below `width`; logits (rows, vocab).
+
+        `common` positions are before all of them.
+        """
         ...
 
     def drop(self) -> None:
         """Give the memory back; nothing that was written survives."""
         ...
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Where the forward pass under way reads (rows and width) and writes (slab index from batch index)."""
-
-    rows: slice | Tensor
-    width: int
-    into: tuple[Tensor, Tensor]
-    source: tuple[Tensor, Tensor] | None      # None: every row has exactly one new token
-
-
-class _SlabCache(Cache):
-    """A transformers cache over rows of preallocated slabs; positions and masks are the caller's business."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.slabs: list[tuple[Tensor, Tensor]] = []      # per layer keys, values: (rows, heads, width, dim)
-        self.shape = (0, 0)
-        self.plan: _Plan | None = None
-        self._scratch = torch.empty(0)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        plan = self.plan
-        assert plan is not None
-        if layer_idx == len(self.slabs):
-            self.slabs.append((self._empty(key_states), self._empty(value_states)))
-        keys, values = self.slabs[layer_idx]
-        for slab, new in ((keys, key_states), (values, value_states)):
-            rows, positions = plan.into
-            slab[rows, :, positions] = new[:, :, 0] if plan.source is None else new[plan.source[0], :, plan.source[1]]
-        return keys[plan.rows, :, : plan.width], values[plan.rows, :, : plan.width]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:      # noqa: ARG002
-        return 0
-
-    def resize(self, rows: int, width: int) -> None:
-        """In place where the memory of a slab is large enough: fresh memory is slow, and scarce."""
-        self.shape = (rows, width)
-        for layer, pair in enumerate(self.slabs):
-            self.slabs[layer] = self._resized(pair[0]), self._resized(pair[1])
-
-    def _resized(self, slab: Tensor) -> Tensor:
-        kept = slab[: self.shape[0], :, : self.shape[1]]
-        shape = (self.shape[0], slab.shape[1], self.shape[1], slab.shape[3])
-        capacity = slab.untyped_storage().nbytes() // slab.element_size()
-        if capacity < math.prod(shape):
-            resized = self._empty(slab)
-        else:
-            if self._scratch.numel() < kept.numel() or self._scratch.dtype != slab.dtype:
-                self._scratch = slab.new_empty(kept.numel())
-            kept = self._scratch[: kept.numel()].view(kept.shape).copy_(kept)
-            resized = slab.as_strided((math.prod(shape),), (1,), 0).view(shape)
-        resized[: kept.shape[0], :, : kept.shape[2]] = kept
-        return resized
-
-    def _empty(self, like: Tensor) -> Tensor:
-        """A slab of the present shape; what nobody wrote in it is finite. Untouched memory of a CPU costs nothing."""
-        shape = (self.shape[0], like.shape[1], self.shape[1], like.shape[3])
-        ahead = 2 if like.device.type == "cpu" else 1
-        return like.new_zeros(ahead * math.prod(shape))[: math.prod(shape)].view(shape)
 
 
 class KVSlab:
@@ -130,7 +79,7 @@ class KVSlab:
         self.config = _text_config(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.cache = _SlabCache()
+        self.cache = SlabCache()
         self.bytes_per_token = 1
         self.windows = _windows(self.config)
 
@@ -147,20 +96,24 @@ class KVSlab:
             self._step = compiled(step, next(model.parameters()).device) if step and self.compile else step
 
     @property
+    def price(self) -> float:
+        """See `Slab`. A compiled step would be compiled anew for every number of groups; and for a GPU, to which it is
+        not reading that the time goes with few rows, starting the operations is too dear."""
+        plain = self._step is not None and not self.compile and len(self.windows) == 1 and self.device.type == "cpu"
+        return PRICE * self.config.num_hidden_layers / self.bytes_per_token if plain else math.inf
+
+    @property
     def compiles(self) -> bool:
         """Whether there is a step that is compiled, or would be if there were a compiler (which was said then)."""
         return self.compile and self._step is not None
 
-    def resize(self, rows: int, width: int) -> None:
+    def resize(self, rows: int, width: int, cut: int = 0) -> None:
         """See `Slab`."""
-        self.cache.resize(rows, width)
+        self.cache.resize(rows, width, cut)
 
     def move(self, source: Rows, target: Rows, length: int) -> None:
         """See `Slab`."""
-        src, dst = self._index(source), self._index(target)
-        for pair in self.cache.slabs:
-            for slab in pair:
-                slab[dst, :, :length] = slab[src, :, :length]
+        self.cache.move(self._index(source), self._index(target), length)
 
     def write(self, rows: Rows, starts: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
         """See `Slab`."""
@@ -175,29 +128,29 @@ class KVSlab:
         width = _round(int((begin + lengths).max()), self.cache.shape[1])
         index = torch.tensor(rows)
         contiguous = bool((index.diff() == 1).all())
-        self.cache.plan = _Plan(
+        self.cache.plan = Plan(
             slice(rows[0], rows[-1] + 1) if contiguous else index.to(self.device),
             width,
-            (index[batch].to(self.device), positions[batch, column].to(self.device)),
-            (batch.to(self.device), column.to(self.device)),
+            self.cache.targets(*(x.to(self.device) for x in (index[batch], positions[batch, column], batch, column))),
         )
         self._forward(ids.to(self.device), positions.to(self.device), width)
 
-    def step(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, width: int, common: Shared = NOTHING) -> Tensor:
         """See `Slab`."""
         whole = self.cache.shape[1]
         count, width = len(tokens), whole if self.device.type == "cpu" else _round(width, whole)
         if self._step is not None and self.cache.slabs and len(self.windows) == 1:
+            assert common.length == self.cache.cut
             (mask,) = self._masks(positions[:, None], width).values()
-            return self._step(tokens, positions, mask[:, 0], self.cache.slabs, width)
-        self.cache.plan = _Plan(
-            slice(0, count), width, (torch.arange(count, device=self.device), positions), None
-        )
+            return self._step(tokens, positions, mask[:, 0], self.cache.slabs, width, common)
+        assert not self.cache.cut
+        target = Target(1, torch.arange(count, device=self.device), positions, None)
+        self.cache.plan = Plan(slice(0, count), width, [target])
         return self._forward(tokens[:, None], positions[:, None], width)
 
     def drop(self) -> None:
         """See `Slab`."""
-        self.cache = _SlabCache()
+        self.cache = SlabCache()
 
     def _forward(self, ids: Tensor, positions: Tensor, width: int) -> Tensor:
         masks = self._masks(positions, width)
@@ -209,7 +162,8 @@ class KVSlab:
             )
         if self.bytes_per_token == 1:
             self.bytes_per_token = sum(
-                slab.shape[1] * slab.shape[3] * slab.element_size() for pair in self.cache.slabs for slab in pair
+                kept.tail.shape[1] * kept.tail.shape[3] * kept.tail.element_size()
+                for pair in self.cache.slabs for kept in pair
             )
         return out.logits[:, -1]
 
@@ -242,10 +196,10 @@ class TokenSlab:
     """Token ids only; every step is a forward pass over the whole sequences. For models that `KVSlab` cannot serve."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.bytes_per_token = model, 8
+        self.model, self.bytes_per_token, self.price = model, 8, math.inf
         self.ids = torch.zeros(0, 0, dtype=torch.long, device=next(model.parameters()).device)
 
-    def resize(self, rows: int, width: int) -> None:
+    def resize(self, rows: int, width: int, cut: int = 0) -> None:  # noqa: ARG002
         """See `Slab`."""
         grown = self.ids.new_zeros(rows, width)
         grown[: self.ids.shape[0], : self.ids.shape[1]] = self.ids[:rows]
@@ -260,7 +214,7 @@ class TokenSlab:
         for row, start, piece in zip(rows, starts, pieces, strict=True):
             self.ids[row, start : start + len(piece)] = self.ids.new_tensor(piece)
 
-    def step(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, width: int, common: Shared = NOTHING) -> Tensor:  # noqa: ARG002
         """See `Slab`."""
         count = len(tokens)
         rows = torch.arange(count, device=self.ids.device)
@@ -293,7 +247,8 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_one(query[:, :, 0], key, value, attention_mask[:, 0], scale)[:, None], None
+    keys, values = Kept.uncut(key), Kept.uncut(value)
+    return shared.attend(query[:, :, 0], keys, values, attention_mask[:, 0], scale)[:, None], None
 
 
 AttentionInterface.register("espl", attend)
@@ -330,9 +285,17 @@ def _reproduces(slab: KVSlab, tolerance: float) -> bool:
     slab.write([2, 0], [0, 0], [ids[:8], ids[:4]])
     slab.write([0], [4], [ids[4:12]])
     slab.move([2], [1], 8)
-    found = slab.step(torch.tensor([ids[12], ids[8]], device=device), torch.tensor([12, 8], device=device), 13)
-    expected, found = expected.float().log_softmax(-1), found.float().log_softmax(-1)
+    tokens, positions = torch.tensor([ids[12], ids[8]], device=device), torch.tensor([12, 8], device=device)
+    found = [slab.step(tokens, positions, 13)]
+    if slab.price < math.inf:
+        slab.resize(3, 16, 5)
+        found.append(slab.step(tokens, positions, 13, Shared(5, (Group(1, slice(0, 2)),))))
     bound = tolerance if slab.dtype == torch.float32 else 100 * tolerance
+    return all(_close(one, expected, bound) for one in found)
+
+
+def _close(found: Tensor, expected: Tensor, bound: float) -> bool:
+    found, expected = found.float().log_softmax(-1), expected.float().log_softmax(-1)
     return bool(((found - expected).abs() <= bound * expected.abs().clamp_min(1.0)).all())
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 
 from espl_train.engines.base import Request
 from espl_train.engines.kv import Slab
+from espl_train.engines.shared import Shared, find
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +30,10 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     stop: Literal["stop", "length"] | None = None
     cancelled: bool = False
+    prompt: np.ndarray = field(init=False)          # all but the last token of the request
+
+    def __post_init__(self) -> None:
+        self.prompt = np.array(self.request.tokens[:-1], dtype=np.int64)
 
     @property
     def known(self) -> int:
@@ -62,9 +68,9 @@ class Held:
 class Slots:
     """The rows of one slab, within `budget` bytes. Widths come in multiples of `block`, or of about an eighth."""
 
-    def __init__(self, slab: Slab, budget: int, block: int) -> None:
-        self.slab, self.budget, self.block = slab, budget, block
-        self.width = 0
+    def __init__(self, slab: Slab, device: torch.device, budget: int, block: int) -> None:
+        self.slab, self.device, self.budget, self.block = slab, device, budget, block
+        self.width = self.cut = 0
         self.held: list[Held] = []
         self._ids = np.zeros((0, 0), dtype=np.int64)      # (slots, width): the tokens written in the slab
         self._sessions: dict[str, int] = {}
@@ -74,10 +80,11 @@ class Slots:
         """Rows of `width` tokens that fit the budget."""
         return self.budget // (self.slab.bytes_per_token * max(self._blocks(width), 1))
 
-    def place(self, rows: Sequence[Row], policy: int | None, width: int, reach: int) -> None:
+    def place(self, rows: Sequence[Row], policy: int | None, width: int, reach: int, cut: int) -> None:
         """Give every row a slot: its session's own where that is kept under this policy, else a free one.
 
-        The slab is at least `width` wide afterwards, and holds so few rows that it may become `reach` wide.
+        The slab is at least `width` wide afterwards, holds so few rows that it may become `reach` wide, and is cut at
+        `cut` (see `fit`).
         """
         self._clock += 1
         fresh = []
@@ -90,7 +97,7 @@ class Slots:
                 self._hold(slot, row, policy)
             else:
                 fresh.append(row)
-        self._reserve(len(fresh), width, reach)
+        self._reserve(len(fresh), width, reach, cut)
         free = (slot for slot, held in enumerate(self.held) if held.free)
         for row, slot in zip(fresh, free, strict=False):
             self.held[slot].length = 0
@@ -146,17 +153,17 @@ class Slots:
         for session in list(self._sessions):
             self.release(session)
 
-    def fit(self, width: int) -> None:
-        """Make the slab as wide as it must be and no wider: what is not there is not read.
+    def fit(self, width: int, cut: int) -> None:
+        """Make the slab as wide as it must be and no wider: what is not there is not read. Cut it at `cut`.
 
         The width is a function of what is held now, not of what was before: arithmetic over another width may round
         differently, and the same requests shall give the same bits in a run that was resumed.
         """
         width = self._blocks(max(width, self._longest()))
-        if width != self.width:
+        if (width, cut) != (self.width, self.cut):
             while self.held and self.held[-1].free:
                 self.held.pop()
-            self._resize(len(self.held), width)
+            self._resize(len(self.held), width, cut)
 
     def compact(self, active: Sequence[Row]) -> None:
         """Move active rows into the slots 0 … n-1; sessions that stood there swap places with them."""
@@ -173,12 +180,17 @@ class Slots:
             self._swap(high, low)
         self.slab.move(source, target, max(self.held[slot].length for slot in (*outside, *holes)))
 
+    def common(self, rows: Sequence[Row]) -> Shared:
+        """What the prompts of rows that stand, or will, in the first slots have in common, as far as it is worth it. In
+        a group the first of them is read: slots depend on what was before, and shall decide no bit."""
+        return find([row.prompt for row in rows], [row.slot for row in rows], self.slab.price, self.device)
+
     def shrink(self, active: Sequence[Row], width: int) -> None:
         """Make room for wider rows: forget all sessions and keep only the rows that are being decoded."""
         self.forget()
         self.compact(active)
         del self.held[len(active) :]
-        self._resize(len(self.held), self._blocks(width))
+        self._resize(len(self.held), self._blocks(width), 0)
 
     def _hold(self, slot: int, row: Row, policy: int | None) -> None:
         held = self.held[slot]
@@ -188,7 +200,7 @@ class Slots:
             tokens = row.request.tokens
             held.length = min(common_prefix(self._ids[slot, : held.length], tokens), len(tokens) - 1)
 
-    def _reserve(self, fresh: int, width: int, reach: int) -> None:
+    def _reserve(self, fresh: int, width: int, reach: int, cut: int) -> None:
         """Have `fresh` free slots of a slab at least `width` wide, growing it or evicting the oldest sessions."""
         room = max(self.room(max(reach, self._longest())), fresh)
         excess = len(self.held) + self._missing(fresh) - room
@@ -202,8 +214,8 @@ class Slots:
         width = self._blocks(max(width, self._longest()))
         if rows <= self.room(self.width) and width <= self.width <= 2 * width:
             width = self.width
-        if rows > len(self.held) or width != self.width:
-            self._resize(rows, width)
+        if rows > len(self.held) or (width, cut) != (self.width, self.cut):
+            self._resize(rows, width, cut)
 
     def _longest(self) -> int:
         return max((held.length for held in self.held if not held.free), default=0)
@@ -211,12 +223,12 @@ class Slots:
     def _missing(self, fresh: int) -> int:
         return max(fresh - sum(held.free for held in self.held), 0)
 
-    def _resize(self, rows: int, width: int) -> None:
-        self.slab.resize(rows, width)
+    def _resize(self, rows: int, width: int, cut: int) -> None:
+        self.slab.resize(rows, width, cut)
         ids = np.zeros((rows, width), dtype=np.int64)
         kept = self._ids[:rows, :width]
         ids[: kept.shape[0], : kept.shape[1]] = kept
-        self._ids, self.width = ids, width
+        self._ids, self.width, self.cut = ids, width, cut
         self.held += [Held() for _ in range(rows - len(self.held))]
 
     def _swap(self, high: int, low: int) -> None:

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from espl_train.engines import shared
+from espl_train.engines.cache import Kept
+from espl_train.engines.shared import NOTHING, Shared
+
 KNOWN = {"llama", "mistral", "qwen2", "qwen3"}
 FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}      # those of others depend on the length of the sequence
 TABLE = 1024                                                   # positions by which the table of rotations grows
@@ -106,21 +110,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention of one token per row: a matrix product per row and key head, for all heads that share it at once.
-
-    query (rows, heads, dim); key, value (rows, key heads, width, dim); mask (rows, 1, width), added to the scores;
-    returns (rows, heads, dim).
-    """
-    rows, heads, dim = query.shape
-    shared, width = key.shape[1], key.shape[2]
-    scaled = (query * scaling).view(rows * shared, heads // shared, dim)
-    scores = torch.bmm(scaled, key.reshape(rows * shared, width, dim).transpose(1, 2)).view(rows, heads, width)
-    weights = scores.add_(mask).softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = torch.bmm(weights.view(rows * shared, -1, width), value.reshape(rows * shared, width, -1))
-    return out.view(rows, heads, -1)
-
-
 class Step:
     """One token per row, through all layers."""
 
@@ -146,25 +135,27 @@ class Step:
             return None
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, slabs: Sequence[tuple[Tensor, Tensor]], width: int
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, slabs: Sequence[tuple[Kept, Kept]], width: int,
+        common: Shared = NOTHING,
     ) -> Tensor:
         """Logits (rows, vocab) after `tokens` (rows,) at `positions`, whose keys and values are written in `slabs`.
 
-        mask: (rows, 1, width), added to the scores.
+        mask: (rows, 1, width), added to the scores; common: what is read once for several rows.
         """
         count = len(tokens)
         rows = torch.arange(count, device=tokens.device)
         hidden = functional.embedding(tokens, self.embedding)                              # (rows, hidden)
         cos, sin = self.rotations(positions, width, hidden)
+        columns, own = positions - common.length, width - common.length
         for layer, (keys, values) in zip(self.layers, slabs, strict=True):
             x = layer.before_attention(hidden)
             query, key, value = (of(x).view(count, -1, self.dim) for of in (layer.query, layer.key, layer.value))
             if layer.query_norm and layer.key_norm:
                 query, key = layer.query_norm(query), layer.key_norm(key)
-            keys[rows, :, positions] = rotate(key, cos, sin)
-            values[rows, :, positions] = value
-            seen = keys[:count, :, :width], values[:count, :, :width]
-            mixed = attend_one(rotate(query, cos, sin), *seen, mask, layer.scaling)
+            keys.tail[rows, :, columns] = rotate(key, cos, sin)
+            values.tail[rows, :, columns] = value
+            seen = Kept(keys.head, keys.tail[:count, :, :own]), Kept(values.head, values.tail[:count, :, :own])
+            mixed = shared.attend(rotate(query, cos, sin), *seen, mask, layer.scaling, common)
             hidden = layer.out.onto(hidden, mixed.reshape(count, -1))
             x = layer.before_mlp(hidden)
             hidden = layer.down.onto(hidden, layer.activation(layer.gate(x)).mul_(layer.up(x)))
