@@ -109,6 +109,14 @@ def test_the_memory_is_bounded() -> None:
     assert known.like(("Rule 2.",), {}) is None and known.like(("Rule 7.",), {}) == "p7"
 
 
+def test_what_is_dropped_at_once_is_remembered_in_the_order_of_birth() -> None:
+    """Whatever the hashes of this process are: a resumed run forgets the same ones first."""
+    known = Duplicates(0.9)
+    known.observe(SystemPrompt(f"p{i}", (Principle("G1", f"Rule {i}."),)) for i in range(20))
+    known.observe(())
+    assert list(known.state()["tabu"]) == [f"p{i}, which was dropped" for i in range(20)]
+
+
 def results(gap: float, problems: int, attempts: int, seed: int) -> list[tuple[list[float], list[float]]]:
     """Two prompts on the same problems, the second one better by `gap`."""
     draw = random.Random(seed)

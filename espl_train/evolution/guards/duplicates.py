@@ -104,8 +104,9 @@ class Duplicates:
     def observe(self, prompts: Iterable[SystemPrompt]) -> None:
         """Who is alive now. Those that were, and are not any more, become tabu."""
         now = {p.id: p.texts for p in prompts}
-        for gone in self._alive.keys() - now.keys():
-            self.forbid(f"{gone}, which was dropped", self._alive[gone])
+        for name, texts in self._alive.items():
+            if name not in now:
+                self.forbid(f"{name}, which was dropped", texts)
         self._alive = now
 
     def forbid(self, name: str, texts: Sequence[str]) -> None:
