@@ -64,6 +64,12 @@ def test_not_a_number_survives_too(tmp_path: Path) -> None:
     assert math.isnan(nan) and inf == math.inf and math.copysign(1, zero) == -1
 
 
+def test_any_text_of_a_model_survives(tmp_path: Path) -> None:
+    texts = ["half a pair \ud83d", "\x00\x1b", "e\u0301", "≤ 5", "\u2028"]
+    save(tmp_path, 1, {"state": texts}, keep=1)
+    assert load_newest(tmp_path)[1]["state"] == texts
+
+
 def test_tied_and_strided_weights_are_stored(tmp_path: Path) -> None:
     tied, wide = torch.randn(4, 4), torch.randn(8, 8)
     weights = {"embed": tied, "head": tied, "column": wide[:, 0], "row": wide[0], "turned": tied.T}

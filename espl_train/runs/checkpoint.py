@@ -165,7 +165,7 @@ def _write_payload(folder: Path, name: str, payload: Any) -> Path:
         raise ValueError(f"payload name {name!r}: letters, digits, _ and - only")
     if not _has_tensors(payload, name):
         path = folder / f"{name}.json"
-        _write(path, json.dumps(payload, ensure_ascii=False).encode())
+        _write(path, json.dumps(payload).encode())      # in ASCII: half a surrogate pair comes back as it was
         return path
     import torch
 
