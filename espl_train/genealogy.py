@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from espl_envs.core.errors import EsplError
+from espl_envs.evaluate.plain import visible
 from espl_train.settings.subcommands import Parser
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(words: Sequence[str]) -> int:
         print(json.dumps(rows, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace").decode())
         return 0
     for line in told(prompt, lineage, principle):
-        print(line.encode("utf-8", "backslashreplace").decode())
+        print(visible(line))
     if not lineage.births[prompt].ids:
         print(f"{prompt} has no principles")
     return 0

@@ -12,7 +12,7 @@ from espl_envs.core.errors import EsplError
 from espl_train import genealogy, snapshot
 from espl_train.config import EvolutionConfig, RatingConfig
 from espl_train.evolution.population import Population
-from espl_train.evolution.prompts import Child, Principle
+from espl_train.evolution.prompts import Child, Origin, Principle
 
 
 def run_of(*populations: Population) -> Any:
@@ -55,6 +55,17 @@ def test_prompts_and_principles_are_found_by_name_alive_or_not(which: str, found
 def test_what_is_not_there_is_said(which: str, message: str) -> None:
     with pytest.raises(EsplError, match=message):
         genealogy.find(run_of(grown()), which)
+
+
+def test_a_justification_does_not_reach_the_terminal_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people = grown()
+    origins = {"G1": Origin("modify", (), "\x1b[2Jtwo\u202eof \ud800")}
+    people.add([Child((Principle("G1", "Draw twice."),), "mutation", ("p0000",), 1, origins)], 3)
+    monkeypatch.setattr(snapshot.Snapshot, "of", lambda *_: run_of(people))
+    assert genealogy.main(["run", "p0003"]) == 0
+    assert "because “␛[2Jtwo⟨U+202E⟩of ⟨U+D800⟩”" in capsys.readouterr().out
 
 
 def test_it_prints_lines_or_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
