@@ -127,4 +127,4 @@ def test_children_wait_for_a_person_across_a_resume(model: Path, tmp_path: Path,
     review([str(out), "accept", waiting[0]])
     trainer, _ = resume(out, steps=3)
     newest = [m.prompt for m in trainer.islands[0].population.members][1:]
-    assert [p.born for p in newest] == [3] and "accepted" in outcomes(out, "review")
+    assert [(p.id, p.born) for p in newest] == [("p0001", 1)] and "accepted" in outcomes(out, "review")

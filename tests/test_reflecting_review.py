@@ -11,6 +11,7 @@ import pytest
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import EvolutionConfig, RatingConfig
+from espl_train.evolution.guards.quarantine import ancestry
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Origin, Principle
 from espl_train.evolution.rejections import Reason, Rejection
@@ -194,6 +195,48 @@ def test_children_whose_parents_have_died_meanwhile_still_enter(run: Path) -> No
     renamed = queue._waiting.pop(one)
     queue._waiting[one] = Candidate(one, 1, "", renamed.child, (), ())
     assert admit(queue, people)[0] == ["Check units."] and people.members[-1].rating.sigma > 0
+
+
+def test_what_became_of_a_child_does_not_reach_the_terminal_as_it_is(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people, queue = population(), Queue(run, "")
+    (one,) = put(queue, people, child("Check units."))
+    review(run, "accept", one)
+    admit(queue, people, lambda _: Rejection(Reason.ORDER, "\x1b[2J\u202e"))
+    review(run)
+    with pytest.raises(EsplError) as said:
+        review(run, "reject", one)
+    assert not any(mark in capsys.readouterr().out + str(said.value) for mark in "\x1b\u202e")
+
+
+def test_of_children_that_come_in_at_once_none_makes_room_for_another(run: Path) -> None:
+    people, queue = Population(EvolutionConfig(capacity=4), RatingConfig(), 0), Queue(run, "")
+    names = put(queue, people, *(child(f"Rule {n}.") for n in range(3)))
+    review(run, "accept", *names)
+    born, _ = queue.admit(2, people, fine)
+    assert [prompt.texts for prompt in born] == [("Rule 0.",), ("Rule 1.",)] and all(p.id in people for p in born)
+    born, _ = queue.admit(3, people, fine)
+    assert [prompt.texts for prompt in born] == [("Rule 2.",)] and len(people) == 4
+
+
+def test_a_child_is_as_old_as_what_it_was_written_from(run: Path) -> None:
+    """Whoever asks which problems it has seen asks for the step in which reflection saw them."""
+    people, queue = population(), Queue(run, "")
+    (one,) = put(queue, people, child("Check units."), step=4)
+    review(run, "accept", one)
+    (born,), _ = queue.admit(9, people, fine)
+    assert born.born == 4 and ancestry(born.id, people.lineage) == [4, 0]
+
+
+@pytest.mark.parametrize("damage", ['verdict = "acept"\nwhen = ""\nwhy = ""\nprinciples = []', "verdict", ""])
+def test_a_damaged_decision_decides_nothing(damage: str, run: Path) -> None:
+    people, queue = population(), Queue(run, "")
+    (one,) = put(queue, people, child("Check units."))
+    (run / "review" / f"{one}.decision.toml").write_text(damage)
+    with pytest.raises(EsplError, match=r"is no decision .*: remove it, and decide again"):
+        admit(queue, people)
+    assert len(people) == 1 and len(queue) == 1
 
 
 def test_evidence_names_problems_with_mixed_outcomes_only() -> None:

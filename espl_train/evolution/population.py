@@ -101,6 +101,11 @@ class Population:
         young = sum(games + (p in played) < enough for p, games in self._games.items() if p not in out)
         return 0 < self._evolution.nursery <= young
 
+    @property
+    def room(self) -> int:
+        """How many children can be born at once so that none of them has to make room for another."""
+        return self._evolution.capacity - 1 - self._evolution.elite
+
     def top(self, count: int) -> list[str]:
         """The best `count` ids, best first, newer before older: by lower bound among those that have played others.
 

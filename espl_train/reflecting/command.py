@@ -71,7 +71,7 @@ def _decide(
     candidate: Candidate, desk: Desk, action: str, file: Path | None, why: str, most_words: int
 ) -> None:
     if candidate.state != WAITING:
-        raise EsplError(f"{candidate.id} is decided already: {candidate.state}")
+        raise EsplError(f"{candidate.id} is decided already: {clean(candidate.state)}")
     texts: tuple[tuple[str, str], ...] = ()
     if action == "accept":
         texts = tuple((p.id, p.text) for p in candidate.child.principles)
@@ -131,7 +131,7 @@ def _shown(candidate: Candidate, desk: Desk, whole: bool) -> str:
     where = f" on {candidate.island}" if candidate.island else ""
     head = f"{candidate.id}  {child.operator} of {' and '.join(child.parents)}{where}: {_standing(candidate, desk)}"
     if not whole and candidate.state != WAITING:
-        return head
+        return clean(head)
     lines = [head, *(f"  {line}" for line in candidate.changes)]
     if whole:
         lines += ["  why:", *(f"    {line}" for line in candidate.evidence or ["nothing is known"])]

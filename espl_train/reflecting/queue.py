@@ -66,15 +66,20 @@ class Queue:
         self, step: int, population: Population, examine: Callable[[Child], Rejection | None]
     ) -> tuple[tuple[SystemPrompt, ...], list[Event]]:
         """Take up what was decided: who is in the population now, and what became of every child, for the log.
-        `examine` judges a child that a person has rewritten, and whether it is new."""
+        `examine` judges a child that a person has rewritten, and whether it is new.
+
+        A child is as old as the evidence that it was written from. Those that would push each other out of a small
+        population come in at the next steps."""
         born: list[SystemPrompt] = []
         events = []
         for verdict in list(self.decided()):
+            if len(born) == population.room:
+                break
             child = verdict.child
             if isinstance(child, Child) and (refused := examine(child)) is not None:
                 child = refused
             if isinstance(child, Child):
-                (prompt,) = population.add([child], step)
+                (prompt,) = population.add([child], verdict.candidate.step)
                 born.append(prompt)
                 outcome, became = "edited" if verdict.edited else "accepted", f"in the population as {prompt.id}"
             else:

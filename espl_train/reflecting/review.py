@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 
@@ -25,6 +25,7 @@ from espl_train.runs.checkpoint import write_atomically
 
 FOLDER, DECISION = "review", ".decision.toml"
 WAITING = "waiting"
+Verdict = Literal["accept", "reject"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Candidate:
 class Decision:
     """What a person said: `principles` are those that are let in, () where the child is rejected."""
 
-    verdict: Literal["accept", "reject"]
+    verdict: Verdict
     principles: tuple[tuple[str, str], ...] = ()
     when: str = ""
     why: str = ""
@@ -136,6 +137,8 @@ class Desk:
         try:
             raw = tomllib.loads(path.read_text("utf-8"))
             principles = tuple((str(p["id"]), str(p["text"])) for p in raw["principles"])
+            if raw["verdict"] not in get_args(Verdict):
+                raise ValueError(f"its verdict is {raw['verdict']!r}")
             return Decision(raw["verdict"], principles, raw["when"], raw["why"])
         except FileNotFoundError:
             return None
