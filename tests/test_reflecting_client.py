@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
 from espl_train.evolution.reflection import Declined, purpose
 from espl_train.evolution.rejections import Reason
@@ -298,6 +299,20 @@ def test_a_damaged_reply_is_asked_for_again_and_never_played(damage: bytes, tmp_
     assert asked(client(source, folder=tmp_path, cache="replay"), 1) == ["reply 1"]
     assert source.asked == [1]
     assert asked(client(Answers(fails), folder=tmp_path, cache="replay_only"), 1) == ["reply 1"]
+
+
+def test_a_reply_that_cannot_be_recorded_is_booked_and_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Cache, "keep", full)
+    asking = client(Answers(paid=True), run=tmp_path, folder=tmp_path / "replies")
+    assert asked(asking, 1) == ["reply 1"]
+    assert [row["calls"] for row in read_lines(tmp_path / SPENDING)] == [1]
+    with pytest.raises(EsplError, match=r"cannot be recorded in .*replies \(reflection.cache\): No space left"):
+        asking.end()
 
 
 def test_two_runs_may_write_the_same_folder_at_once(tmp_path: Path) -> None:

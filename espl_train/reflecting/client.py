@@ -2,7 +2,7 @@
 within its deadline, booked and kept.
 
 What goes wrong with a call is that call's failure and a reason in the log. What goes wrong with all of them, step after
-step, ends the run (`failing`); so does a call that a replay cannot answer (`end`).
+step, ends the run (`failing`); so does a call that a replay cannot answer, or that cannot be recorded (`end`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espl_envs.core import background
+from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
 from espl_train.config import Config
 from espl_train.evolution.reflection import PURPOSE, Declined
@@ -37,7 +38,7 @@ class Client:
         self._slots = asyncio.Semaphore(config.reflection.concurrency)
         self._until = INFINITE
         self._identity: Mapping[str, Any] = {}
-        self._fatal: NotRecorded | None = None
+        self._fatal: EsplError | None = None           # what ends the run once the calls of the step are over
         self._failures: Counter[str] = Counter()       # of this step, by what was said
         self._silent = 0                               # steps in a row without any reply
         self._why: Counter[str] = Counter()            # over those steps
@@ -75,7 +76,7 @@ class Client:
                 said, replayed = await self._said(messages, seed)
         if isinstance(said, Failure):
             self._failures[said.detail] += 1
-            self.ledger.book(account, Spent(1, 1, replayed, seconds=said.seconds))
+            self.ledger.book(account, Spent(1, 1, int(replayed), seconds=said.seconds))
             raise Declined(Reason(said.reason), said.detail)
         empty = not said.text.strip()
         self._failures[EMPTY] += empty
@@ -89,7 +90,7 @@ class Client:
         return Rejection(Reason.BUDGET, exhausted) if exhausted else None
 
     def end(self) -> None:
-        """The calls of the step are over. Raises NotRecorded where one of them could not be replayed."""
+        """The calls of the step are over. Raises EsplError where one of them could not be replayed, or recorded."""
         if self._fatal is not None:
             raise self._fatal
         spent = self.spent
@@ -158,7 +159,11 @@ class Client:
         if found is not None:
             return found, True
         said = await self._asked(messages, seed)
-        await asyncio.to_thread(self._cache.keep, key, asked, said)
+        try:
+            await asyncio.to_thread(self._cache.keep, key, asked, said)
+        except OSError as problem:      # the reply is there and has to be booked; its record will always be missing
+            folder = self._cache.folder
+            self._fatal = EsplError(f"replies cannot be recorded in {folder} (reflection.cache): {problem.strerror}")
         return said, False
 
     async def _asked(self, messages: Sequence[Message], seed: int) -> Said | Failure:
