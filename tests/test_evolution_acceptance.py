@@ -58,7 +58,7 @@ def test_a_child_enters_only_if_it_beats_its_parent_on_the_batch(worth: float, b
     judge = Judge(fast=worth)
     report = breed(says("fast"), judge, acceptance="minibatch")
     assert bool(report.children) == born
-    assert judge.asked == [(["mutation 4"], [0, 1, 2], 2)], "all problems, as many attempts as the parent had"
+    assert judge.asked == [(["mutation 3"], [0, 1, 2], 2)], "all problems, as many attempts as the parent had"
     (trial,) = [e for e in report.events if e["event"] == "trial"]
     assert trial["accepted"] == born and trial["parent"] == 0.5 and trial["mean"] == pytest.approx(worth)
     assert report.rejections == ({} if born else {"not_better": 1})
@@ -141,6 +141,7 @@ def test_the_guard_and_the_duplicates_come_before_the_trial() -> None:
         ({"evolution.mutations": 2, "evolution.reflection_temperature": 0}, "all the same"),
         ({"evolution.mutations": 2, "evolution.mutate": False}, "evolution.mutate is off"),
         ({"evolution.mutations": 5, "evolution.capacity": 7}, "room for 8"),
+        ({"evolution.migration": 0.5, "evolution.prune_probability": 0.1, "evolution.capacity": 5}, "room for 6"),
         ({"evolution.acceptance": "minibatch", "mode": "rl"}, "mode is rl, which breeds nothing"),
         ({"evolution.writer": "placebo", "mode": "rl"}, "mode is rl, which breeds nothing"),
         ({"evolution.writer": "placebo", "evolution.evidence": "shuffled"}, "reads no evidence"),

@@ -124,7 +124,7 @@ def _evolution(config: Config) -> Iterator[str]:
     rare = (evolution.prune_probability > 0) + (evolution.immigrant_probability > 0)
     if not evolution.mutate and evolution.crossover_probability == 0 and not rare and config.mode == "evolution":
         yield "mode is evolution, but mutation and crossover are both off: nothing would ever change."
-    more = rare + evolution.mutations - 1
+    more = rare + (evolution.migration > 0) + evolution.mutations - 1
     if evolution.capacity < (least := max(prompts, RESIDENTS + more)):
         yield (
             f"evolution.capacity is {evolution.capacity}, but the population needs room for {least}: the root, the "
