@@ -244,7 +244,7 @@ class EvolutionConfig(Section):
     )
     mutations: Positive = Field(1, description="mutation children per iteration, of one parent by different seeds")
     acceptance: Literal["none", "minibatch", "best"] = Field(
-        "none", description="who of the written is born: all; who beats its parent in a trial on the batch; the best one"
+        "none", description="who of the written is born: all; who beats its parent in a trial on the batch; the best"
     )
     acceptance_problems: int = Field(0, ge=0, description="of the batch, that a child is tried on; 0 = all of them")
     acceptance_samples: Positive | None = Field(

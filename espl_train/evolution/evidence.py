@@ -212,7 +212,7 @@ def _chosen(traces: Sequence[Trace], threshold: float, limit: int) -> list[Trace
 
 
 def _different(traces: Sequence[Trace]) -> list[Trace]:
-    unique: dict[tuple[str, ...], Trace] = {}
+    unique: dict[str, Trace] = {}
     for trace in reversed(traces):
-        unique.setdefault((trace.transcript,), trace)
+        unique.setdefault(trace.transcript, trace)
     return list(unique.values())
