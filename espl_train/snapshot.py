@@ -21,6 +21,7 @@ from espl_train.runs import checkpoint
 from espl_train.runs.directory import read_config
 from espl_train.runs.islands import own
 from espl_train.runs.metrics import read_lines
+from espl_train.totals import Totals
 
 CHECKPOINTS = "checkpoints"
 
@@ -28,13 +29,16 @@ CHECKPOINTS = "checkpoints"
 @dataclass(frozen=True)
 class Snapshot:
     """`weights` is a hash of what was trained; `populations` are those of the run's environments, by their names there
-    (one, without a name, in most runs)."""
+    (one, without a name, in most runs); `alone` are the prompts that play alone while only weights learn, by the same
+    names; `finished`: whether this is the end of the run."""
 
     folder: Path
     config: Config
     step: int
     weights: str
     populations: Mapping[str, Population]
+    alone: Mapping[str, str]
+    finished: bool
 
     @classmethod
     def of(cls, folder: Path, step: int | None = None) -> Snapshot:
@@ -45,22 +49,24 @@ class Snapshot:
             step, payloads = checkpoint.read_newest(checkpoints, ("state",))
         else:
             payloads = checkpoint.read_step(checkpoints, step, ("state",))
-        manifest = (checkpoints / f"step-{step:06d}" / checkpoint.MANIFEST).read_bytes()
+        try:
+            manifest = (checkpoints / f"step-{step:06d}" / checkpoint.MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise checkpoint.CheckpointError(f"The run {folder} went on while it was read: try again.") from None
+        state = payloads["state"]
+        islands = state["islands"]
         populations = {
             name: Population.from_json(island["population"], config.evolution, config.rating, config.seed)
-            for name, island in payloads["state"]["islands"].items()
+            for name, island in islands.items()
         }
-        return cls(folder, config, step, hashlib.sha256(manifest).hexdigest()[:16], populations)
+        alone = {name: island["chosen"] for name, island in islands.items() if island["chosen"]}
+        over = step >= config.steps or Totals(**state["totals"]).exhausts(config.budget_rollouts)
+        return cls(folder, config, step, hashlib.sha256(manifest).hexdigest()[:16], populations, alone, over)
 
     @property
     def name(self) -> str:
         """What the run is called."""
         return self.folder.resolve().name
-
-    @property
-    def finished(self) -> bool:
-        """Whether this is the end of the run."""
-        return self.step >= self.config.steps
 
     @property
     def trained(self) -> bool:

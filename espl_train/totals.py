@@ -32,6 +32,10 @@ class Totals:
         """Rollouts that count against `budget_rollouts`: training and trials."""
         return self.rollouts + self.trial_rollouts
 
+    def exhausts(self, budget: int | None, more: int = 0) -> bool:
+        """Whether `budget_rollouts` is used up, or will be once `more` of them are counted."""
+        return budget is not None and self.used + more >= budget
+
     def plus(
         self, rollouts: Sequence[Rollout], reflection_tokens: int, seconds: float, tried: Sequence[Rollout] = ()
     ) -> Totals:

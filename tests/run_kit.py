@@ -15,6 +15,7 @@ from espl_train.problems import ProblemSets
 from espl_train.runs import seal
 from espl_train.runs.directory import RunDirectory
 from espl_train.settings import load
+from espl_train.totals import Totals
 
 PARITY: dict[str, Any] = {
     "env.id": "espl_parity:espl-test/Parity-v0", "steps": 2, "tensorboard": False, "learner.rank": 4,
@@ -58,5 +59,6 @@ def _validated(prompt: str, mean: float) -> dict[str, float]:
 
 
 def _save(run: RunDirectory, step: int, policy: Policy, population: Population) -> None:
-    state = {"islands": {"": {"population": population.to_json()}}}
+    islands = {"": {"population": population.to_json(), "chosen": None}}
+    state = {"islands": islands, "totals": Totals().to_json()}
     run.save(step, {"state": state, "learner": {"policy": policy.state(), "version": policy.version}})

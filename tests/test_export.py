@@ -6,7 +6,9 @@ Runs are on a small model from a folder; what the trainer would have computed is
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +26,20 @@ from transformers import AutoModelForCausalLM
 import espl_envs
 from espl_envs.core.errors import EsplError
 from espl_envs.evaluate.plain import visible
-from espl_train import cli
+from espl_train import cli, snapshot
 from espl_train.config import Config
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Principle
 from espl_train.export import bundle, markdown
 from espl_train.export.bundle import export
+from espl_train.export.document import document
 from espl_train.export.request import QUESTION
 from espl_train.learner.adapter import write_adapter
 from espl_train.learner.policy import Policy
 from espl_train.problems import ProblemSets
 from espl_train.serving import wire
 from espl_train.snapshot import Snapshot
+from espl_train.totals import Totals
 
 HOSTILE = (
     "`code` and ``more`` of it```", "</code></pre><script>alert(1)</script>", "[a link](javascript:alert(1))",
@@ -194,6 +198,54 @@ def test_a_failed_export_leaves_the_older_one(
         export(Snapshot.of(made.out), tmp_path / "x", "root")
     assert {path.name: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_only_an_export_is_ever_replaced(made: Made, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(made.out, runs / "one")
+    export(Snapshot.of(made.out), runs / "one" / "export")               # as a run leaves its own
+    for out in (runs, runs / "one"):
+        with pytest.raises(EsplError, match="is no export"):
+            export(Snapshot.of(runs / "one"), out)
+    export(Snapshot.of(made.out), tmp_path / "x")
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    with pytest.raises(EsplError, match=r"holds more than an export \(notes.txt\)"):
+        export(Snapshot.of(made.out), tmp_path / "x")
+    assert (runs / "one" / "config.toml").is_file() and (tmp_path / "x" / "notes.txt").is_file()
+
+
+@pytest.mark.parametrize(("changes", "alone", "rule", "why"), [
+    ({}, {}, "validation", "among the best rated"),
+    ({"mode": "rl"}, {}, "root", "with the root prompt"),
+    ({"steps": 9}, {}, "lower_bound", "the run is not at its end"),
+    ({"steps": 9, "budget_rollouts": 5}, {}, "validation", "among the best rated"),
+    ({"schedule": "sequential"}, {"": "p0001"}, "validation", "when the schedule turned to the weights"),
+])  # fmt: skip
+def test_the_record_says_how_the_prompt_was_chosen(
+    changes: dict[str, Any], alone: dict[str, str], rule: str, why: str, made: Made
+) -> None:
+    config = made.config.model_copy(update=changes)
+    over = config.steps <= 2 or Totals(rollouts=4, trial_rollouts=1).exhausts(config.budget_rollouts)
+    run = replace(Snapshot.of(made.out), config=config, alone=alone, finished=over)
+    chosen = document(run, made.population["p0001"])["chosen"]
+    assert chosen["rule"] == rule and chosen["why"].endswith(why)
+
+
+def test_a_run_whose_budget_is_used_up_is_finished(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finished(**changes: Any) -> bool:
+        monkeypatch.setattr(snapshot, "read_config", lambda _: made.config.model_copy(update=changes))
+        return Snapshot.of(made.out).finished
+
+    assert finished() and not finished(steps=9) and not finished(steps=9, budget_rollouts=5)
+    monkeypatch.setattr(snapshot, "Totals", lambda **_: Totals(rollouts=4, trial_rollouts=1))
+    assert finished(steps=9, budget_rollouts=5) and not finished(steps=9, budget_rollouts=6)
+
+
+def test_children_that_wait_or_are_let_in_are_no_refusals(made: Made) -> None:
+    run = Snapshot.of(made.out)
+    outcomes = ("child", "waiting", "accepted", "edited", "review", "canary", "not_drawn")
+    run.__dict__["events"] = [*run.events, *({"kind": "review", "step": 1, "outcome": o} for o in outcomes)]
+    assert document(run, made.population["p0001"])["guard"]["refusals"] == {"canary": 1, "not_drawn": 1, "review": 1}
 
 
 def shown(text: str) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from espl_train.records import Rollout
 from espl_train.rollout import Collector, Job
 from espl_train.runs import seal
 from espl_train.serving.exhibit import Exhibit
-from espl_train.transplant import matrix, picture, store
+from espl_train.transplant import choice, matrix, picture, store
 from espl_train.transplant.matrix import Contrast
 
 DRAW = picture.draw
@@ -237,6 +237,17 @@ def test_rows_and_columns_by_name(runs: Path, tmp_path: Path) -> None:
     assert {weights for weights, _ in means(tmp_path / "x")} == {"base", "mine"}
     texts = {prompt["name"]: prompt["text"] for prompt in result(tmp_path / "x")["prompts"]}
     assert list(texts) == ["none", "root", "n", "best"] and texts["n"] == "Be brief." and "two words" in texts["best"]
+
+
+def test_ids_of_prompts_may_have_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a:run").mkdir()
+    asked: list[tuple[Path, str]] = []
+    monkeypatch.setattr(choice.Snapshot, "of", lambda folder: folder)
+    monkeypatch.setattr(choice, "_of_run", lambda *words: asked.append(words[1:3]))
+    for spec in ("a:run", "a:run:best", "a:run:math/math:p0003", "a:run:math:p0003"):
+        choice._prompt(f"x={tmp_path}/{spec}", "math")
+    wanted = ["best", "best", "math/math:p0003", "math:p0003"]
+    assert asked == [(tmp_path / "a:run", which) for which in wanted]
 
 
 WRONG: list[tuple[list[str], str]] = [

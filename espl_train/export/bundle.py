@@ -21,6 +21,7 @@ from espl_train.runs import checkpoint
 from espl_train.snapshot import Snapshot
 
 PROMPT, PAGE, ENVS = "prompt.json", "prompt.md", "envs"
+OURS = {PROMPT, PAGE, REQUEST, ENVS, ADAPTER, MODEL}
 
 
 def export(run: Snapshot, out: Path, which: str = "best", merge: bool = False) -> Path:
@@ -56,11 +57,14 @@ def write_prompts(run: Snapshot, folder: Path, which: str, weights: str) -> None
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises EsplError unless `out` is free, empty, or an export."""
+    """Raises EsplError unless `out` is free, empty, or an export and nothing else: all of it will be replaced."""
     if out.exists() and not out.is_dir():
         raise EsplError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"**/{PROMPT}")):
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if there and not ({PROMPT, ENVS} & there):
         raise EsplError(f"{out} is not empty and is no export (it has no {PROMPT}): choose another --out")
+    if other := sorted(there - OURS):
+        raise EsplError(f"{out} holds more than an export ({other[0]}), and would be replaced: choose another --out")
 
 
 def _write_adapter(run: Snapshot, folder: Path) -> None:

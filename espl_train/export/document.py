@@ -10,12 +10,14 @@ from typing import Any
 
 from espl_train.evolution.lineage import Lineage, provenance
 from espl_train.evolution.prompts import Principle, SystemPrompt
+from espl_train.evolution.rejections import Reason
 from espl_train.runs import seal
 from espl_train.runs.islands import own
 from espl_train.runs.metrics import plain
 from espl_train.snapshot import Snapshot
 
 FORMAT = 1
+REASONS = frozenset(Reason)
 RULES = {
     "validation": "the best mean validation score among the best rated",
     "lower_bound": "the best lower bound of the ratings (mu - 2 sigma)",
@@ -32,7 +34,7 @@ def document(run: Snapshot, prompt: SystemPrompt, island: str = "", asked: bool 
         "format": FORMAT,
         "espl": version("espl"),
         "prompt": _prompt(run, prompt, island),
-        "chosen": _chosen(run, asked),
+        "chosen": _chosen(run, island, asked),
         "lineage": list(_ancestry(prompt.id, lineage)),
         "guard": {
             "set_aside": run.populations[island].aside.get(prompt.id),
@@ -90,12 +92,16 @@ def _validation(run: Snapshot, prompt: str, island: str) -> dict[str, Any] | Non
     return None
 
 
-def _chosen(run: Snapshot, asked: bool) -> dict[str, str]:
+def _chosen(run: Snapshot, island: str, asked: bool) -> dict[str, str]:
+    rule = run.config.evaluation.choice
     if asked:
         return {"rule": "asked", "why": "it was asked for by name"}
+    if run.config.mode == "rl":
+        return {"rule": "root", "why": "the run trains weights alone, with the root prompt"}
+    if island in run.alone:
+        return {"rule": rule, "why": f"{RULES[rule]}, when the schedule turned to the weights"}
     if not run.finished:
         return {"rule": "lower_bound", "why": f"{RULES['lower_bound']}; the run is not at its end"}
-    rule = run.config.evaluation.choice
     return {"rule": rule, "why": RULES[rule]}
 
 
@@ -123,9 +129,9 @@ def _texts(principles: Mapping[str, Principle]) -> dict[str, str]:
 
 
 def _refusals(run: Snapshot, island: str) -> Counter[str]:
-    """Why operators brought no child in the steps so far: reason → how often."""
+    """Why operators brought no child in the steps so far, and why a person let none in: reason → how often."""
     rows = (row for row in run.events if row.get("env", "") == island and "outcome" in row)
-    return Counter(str(row["outcome"]) for row in rows if row["outcome"] != "child")
+    return Counter(str(row["outcome"]) for row in rows if row["outcome"] in REASONS)
 
 
 def _entry(principle: str, texts: Mapping[str, str]) -> dict[str, str]:

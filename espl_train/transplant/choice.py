@@ -148,11 +148,11 @@ def _prompt(spec: str, played: str) -> Prompt:
     name, _, source = _pair(spec, "--prompts NAME=RUN, NAME=RUN:ID, NAME=FILE or none")
     if name == NONE:
         raise EsplError(f"--prompts {spec}: {NONE!r} is the column without a prompt; choose another name")
-    folder, colon, which = source.rpartition(":")
-    if Path(source).is_dir() or not colon:
-        folder, which = source, "best"
-    if Path(folder).is_dir():
-        return _of_run(name, Snapshot.of(Path(folder)), which, played)
+    if Path(source).is_dir():
+        return _of_run(name, Snapshot.of(Path(source)), "best", played)
+    colons = (place for place, character in enumerate(source) if character == ":")
+    if place := next((place for place in colons if Path(source[:place]).is_dir()), 0):      # ids may have colons, too
+        return _of_run(name, Snapshot.of(Path(source[:place])), source[place + 1 :], played)
     if not Path(source).is_file():
         raise EsplError(f"--prompts {spec}: there is no run and no file {source}")
     return Prompt(name, _read(Path(source)), f"file {source}")
