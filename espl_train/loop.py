@@ -9,41 +9,36 @@ are keyed by (seed, step, …), so a resumed run is the same run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from espl_envs.core import background
 from espl_envs.core.errors import EsplError
 from espl_train import archipelago, report, schedule
 from espl_train.chat import Chat
 from espl_train.config import Config
+from espl_train.ending import finish
 from espl_train.engines.choice import engine_for
 from espl_train.evaluation import Evaluation, metrics, overall
 from espl_train.evolution.breeding import BreedingReport
-from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import SystemPrompt
 from espl_train.evolution.templates import TemplateSet
-from espl_train.export.bundle import write_prompts
-from espl_train.island import Batch, Island, Round, play
+from espl_train.island import Batch, Island
 from espl_train.learner.ranks import ALONE, Ranks
 from espl_train.learner.update import Learner
 from espl_train.overlap import beside, overlaps, together
 from espl_train.problems import Part, ProblemSets, shares
-from espl_train.profiling import Phases, Profile, Spent
+from espl_train.profiling import Phases, Profile
 from espl_train.records import Rollout, grouped
-from espl_train.reflecting.choice import client_for
-from espl_train.reflecting.queue import Queue
+from espl_train.reflecting.choice import client_for, queue_for
 from espl_train.report import IslandReport, IterationReport
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
-from espl_train.runs.islands import own, under
-from espl_train.runs.summary import Chosen, Summary
+from espl_train.runs.islands import under
+from espl_train.runs.summary import Summary
 from espl_train.sandboxes import Boxes, equipped
-from espl_train.snapshot import Snapshot
+from espl_train.stage import Stage
 from espl_train.totals import Totals
 from espl_train.twins import examine
-
-PHASES = {"train": "rollouts", "validation": "validation", "test": "test"}
 
 
 class Trainer:
@@ -65,14 +60,16 @@ class Trainer:
         self.overlaps = overlaps(config, self.engine, self.policy.device.type)
         self.chat = Chat(self.policy.tokenizer)
         templates = TemplateSet.load(config.model.templates or self.policy.templates)
+        queues = {name: queue_for(config, run.path, name) for name in sets}
         self.islands = [
-            Island(config, parts, self.boxes, self.chat, self.engine, templates, name, self._queue(name))
+            Island(config, parts, self.boxes, self.chat, self.engine, templates, name, queues[name])
             for name, parts in sets.items()
         ]
         self.client = client_for(config, run.path, self.engine, self.chat, self.policy)
         self.totals = Totals()
         self.profile = profile
         self.phases = profile.phases if profile else Phases()
+        self.stage = Stage(self.engine, self.policy, console, self.phases)
         self.step = 0
         self.begun = self._restore()
         self.first = self.step + 1
@@ -94,7 +91,7 @@ class Trainer:
             while not self._final():
                 self._persist(self.iterate())
                 self._stop_where_nobody_answers()
-            return self._finish()
+            return finish(self)
         finally:
             for island in self.islands:
                 island.close()
@@ -115,13 +112,14 @@ class Trainer:
             weights = [env.weight for env in config.environments.values()]
             sizes = shares(weights, config.rollout.problems, self.step)
             batches = [Batch.of(island, self.step, size) for island, size in zip(self.islands, sizes, strict=True)]
-        counts = self._play_out(batches)
+        counts = self.stage.play_out(batches, self.step, config.rollout.temperature)
         bred, update = self._reflect_and_learn(batches)
         with self.phases("rating"):
             settled = [b.island.settle(self.step, b.groups, brood) for b, brood in zip(batches, bred, strict=True)]
         tried = self._try_out(batches, [born for _, born in settled])
         final = self._final(len(tried) + sum(len(group.rollouts) for batch in batches for group in batch.groups))
-        validation = self._validate(final) if self._validates(final) else {}
+        every = config.evaluation.every
+        validation = self._validate(final) if final or (every and self.step % every == 0) else {}
         parts = {}
         for batch, brood, (match, born) in zip(batches, bred, settled, strict=True):
             island, found = batch.island, validation.get(batch.island.name, {})
@@ -139,16 +137,15 @@ class Trainer:
 
     def _final(self, played: int = 0) -> bool:
         """Whether the run is over, or will be once `played` more rollouts are counted."""
-        budget = self.config.budget_rollouts
-        return self.step >= self.config.steps or (budget is not None and self.totals.used + played >= budget)
+        return self.step >= self.config.steps or self.totals.exhausts(self.config.budget_rollouts, played)
 
     def _turn(self) -> None:
         """Where only weights learn from here on, choose who plays meanwhile, as it is done at the end of a run; where
         prompts breed again, let all of them play."""
         alone = self.config.mode == "evolution_rl" and schedule.phase(self.config, self.step) == schedule.WEIGHTS
         due = [i for i in self.islands if alone != (i.chosen is not None)]
-        doubtful = any(len(i.population) > 1 for i in due) and self.config.evaluation.choice == "validation"
-        found = self._validate(final=True) if alone and doubtful else {}
+        asked = self.config.evaluation.choice == "validation" or self.config.evolution.twin_problems
+        found = self._validate(final=True) if alone and asked and any(len(i.population) > 1 for i in due) else {}
         for island in due:
             island.chosen = island.best(found.get(island.name, {}), final=True) if alone else None
             if island.chosen and len(island.population) > 1:
@@ -161,7 +158,7 @@ class Trainer:
         """By island, the score of each prompt on the island's same problems of `part`, at most `most`, with the current
         weights or (`base`) those of the start."""
         rounds = [i.evaluation(part, prompts[i.name], most) for i in self.islands if prompts.get(i.name)]
-        played = self._play(rounds, self.config.evaluation.temperature, name, base) if rounds else []
+        played = self.stage.play(rounds, self.step, self.config.evaluation.temperature, name, base)
         if part == "validation":
             self.totals = self.totals.validated([rollout for rollouts in played for rollout in rollouts])
             for round, rollouts in zip(rounds, played, strict=True):
@@ -178,58 +175,33 @@ class Trainer:
         if self.config.evolution.pareto_scores == "validation":
             newborn = [(batch, [child.id for child in ours]) for batch, ours in zip(batches, born, strict=True) if ours]
         rounds = [batch.island.evaluation("validation", ids, evaluation.problems) for batch, ids in newborn]
-        played = self._play(rounds, evaluation.temperature, "first scores") if rounds else []
+        played = self.stage.play(rounds, self.step, evaluation.temperature, "first scores")
         for (batch, _), rollouts in zip(newborn, played, strict=True):
             batch.tried += rollouts
             batch.island.population.score(self.step, grouped(rollouts))
         return [rollout for batch in batches for rollout in batch.tried]
-
-    def _play_out(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Play all batches to their ends, all islands at once; what the engine counted meanwhile."""
-        self.engine.counts()                         # of whatever came before
-        while rounds := [due for batch in batches if (due := batch.due())]:
-            again = max(batch.rounds for batch in batches)
-            name = f"rollouts, round {again + 1}" if again else "rollouts"
-            played = self._play(rounds, self.config.rollout.temperature, name)
-            found = {round.island: rollouts for round, rollouts in zip(rounds, played, strict=True)}
-            for batch in batches:
-                if batch.island in found:
-                    batch.take(found[batch.island])
-        return dict(self.engine.counts())
-
-    def _play(
-        self, rounds: Sequence[Round], temperature: float, name: str, base: bool = False
-    ) -> list[list[Rollout]]:
-        """All rounds (of one part of the problems) at once; their rollouts, round by round."""
-        with self.phases("sync"):
-            self.engine.load_policy(self.policy.version)
-        policy = None if base else self.policy.version
-        part = rounds[0].problems.part
-        with self._phase(PHASES[part], name, sum(map(len, rounds))) as spent:
-            played = background.run_through(play(rounds, self.step, policy, temperature, self.console.progress))
-            spent.tokens += sum(rollout.sampled_tokens for rollouts in played for rollout in rollouts)
-        return played
 
     def _reflect_and_learn(
         self, batches: Sequence[Batch]
     ) -> tuple[Sequence[BreedingReport | None], report.UpdateReport | None]:
         """Both need the groups and nothing of each other: at once where that is faster, with the same results."""
         self.client.begin(self.step)
-        now = schedule.phase(self.config, self.step)
+        now, version = schedule.phase(self.config, self.step), self.policy.version
         if now == schedule.BOTH and self.overlaps:
-            with beside(self._breed(batches)) as breeding:
+            with beside(self._breed(batches, version)) as breeding:
                 update = self._update(batches, "update and reflection")
             return breeding.result(), update
         bred: Sequence[BreedingReport | None] = [None] * len(batches)
         if now.breeds:
             self.console.phase("reflection")
-            bred = background.run_through(self._breed(batches))
+            bred = background.run_through(self._breed(batches, version))
         return bred, self._update(batches) if now.learns else None
 
-    async def _breed(self, batches: Sequence[Batch]) -> Sequence[BreedingReport | None]:
+    async def _breed(self, batches: Sequence[Batch], version: int) -> Sequence[BreedingReport | None]:
+        """Children of all batches, which the weights of this `version` have played; an update may bring newer ones."""
         with self.phases("reflection") as spent:
             archipelago.announce(self.islands)
-            bred = await together(batch.breed(self.step, self.policy.version, self.client) for batch in batches)
+            bred = await together(batch.breed(self.step, version, self.client) for batch in batches)
             self.client.end()
             spent.tokens += self.client.spent.completion_tokens
             return bred
@@ -242,22 +214,12 @@ class Trainer:
 
     def _update(self, batches: Sequence[Batch], shown: str = "") -> report.UpdateReport:
         """One step of the optimiser, over the groups of all islands."""
-        with self._phase("update", shown) as spent:
+        with self.stage.phase("update", shown) as spent:
             self.engine.pause()
             update = self.learner.update([group for batch in batches for group in batch.groups])
             self.engine.resume()
             spent.tokens += update.computed
             return update
-
-    @contextmanager
-    def _phase(self, name: str, shown: str = "", total: int | None = None) -> Iterator[Spent]:
-        self.console.phase(shown or name, total)
-        with self.phases(name) as spent:
-            yield spent
-
-    def _validates(self, final: bool) -> bool:
-        every = self.config.evaluation.every
-        return final or bool(every and self.step % every == 0)
 
     def _validate(self, final: bool) -> dict[str, dict[str, float]]:
         """By island: the root and the best rated; at the end all that may be chosen."""
@@ -275,15 +237,13 @@ class Trainer:
         if not self.config.evolution.twin_problems or island.chosen:
             return {}
         trials = island.trials(self.step, self.policy.version, ())
-        with self.phases("sync"):
-            self.engine.load_policy(self.policy.version)
-        with self._phase("validation", "twins") as spent:
-            while checks := background.run_through(examine(island, self.step, island.candidates(most), trials)):
-                for check in checks:
-                    where = {"env": island.name} if island.name else {}
-                    self.run.log.event(self.step, "twins", **check.facts(), **where)
-                    if note := check.note():
-                        self.console.warn(note)
+        self.stage.sync()
+        with self.stage.phase("validation", "twins") as spent:
+            for check in background.run_through(examine(island, self.step, most, trials)):
+                where = {"env": island.name} if island.name else {}
+                self.run.log.event(self.step, "twins", **check.facts(), **where)
+                if note := check.note():
+                    self.console.warn(note)
             spent.tokens += trials.tokens
         self.totals = self.totals.validated(trials.played)
         return {f"twins/{name.partition('/')[2]}": count for name, count in trials.metrics().items()}
@@ -305,7 +265,7 @@ class Trainer:
         self._checkpoint()
 
     def _persist(self, done: IterationReport) -> None:
-        populations = self._populations()
+        populations = {island.name: island.population for island in self.islands}
         record = {**done.metrics(populations), **self.boxes.metrics(), **self.client.ledger.metrics()}
         self.run.write_rollouts(done.step, done.rollouts)
         for kind, details in done.events(populations):
@@ -320,18 +280,6 @@ class Trainer:
         self.console.step(record)
         for note in (*done.notes(populations), *self.client.notes()):
             self.console.note(note)
-
-    def _queue(self, island: str) -> Queue | None:
-        """Where children wait for a person."""
-        return Queue(self.run.path, island) if self.config.reflection.review and self.config.mode != "rl" else None
-
-    def _waiting(self) -> tuple[str, ...]:
-        """How many children wait for a person, and what can be done about it."""
-        waiting = sum(len(island.queue or ()) for island in self.islands)
-        return (f"children that wait for a person: {waiting:,}; espl-train review {self.run.path}",) if waiting else ()
-
-    def _populations(self) -> dict[str, Population]:
-        return {island.name: island.population for island in self.islands}
 
     def _checkpoint(self) -> None:
         """Everything that the next step depends on, in one transaction."""
@@ -354,39 +302,3 @@ class Trainer:
         self.client.restore(payloads["state"]["client"])
         self.totals = Totals(**payloads["state"]["totals"])
         return True
-
-    def _finish(self) -> Summary:
-        """Choose by validation, then test: the start, each half alone, and both together."""
-        history = report.history(self.run.path)
-        histories = {island.name: [own(record, island.name) for record in history] for island in self.islands}
-        best = {name: str(records[-1]["best"]) for name, records in histories.items()}
-        roots = {island.name: island.population.root.id for island in self.islands}
-        prompts = {name: list(dict.fromkeys([root, best[name]])) for name, root in roots.items()}
-        most, opened = self.config.evaluation.test_problems, report.opened(self.run.path, self.step)
-        start = self.evaluate("test", prompts, most, "test, base weights", base=True)
-        after = self.evaluate("test", prompts, most, "test") if self.config.mode != "evolution" else {}
-        tables = {}
-        for name, root in roots.items():
-            table = report.table(start.get(name, {}), after.get(name, {}), root, best[name])
-            where = {"env": name} if name else {}
-            self.run.log.event(self.step, "test", scores={s.name: s.mean for s in table}, best=best[name], **where)
-            tables[name] = [*report.validation_table(histories[name], root, best[name]), *table]
-        self.policy.save_adapter(self.run.path / "policy")
-        write_prompts(Snapshot.of(self.run.path), self.run.path / "export", "best", "../policy")
-        notes = (*report.notes(self.config.evaluation, chosen=best != roots), self.totals.note())
-        self.run.log.event(self.step, "totals", **self.totals.to_json())
-        return Summary(
-            run=self.run.path,
-            steps=self.step,
-            seconds=self.totals.seconds,
-            tokens=self.totals.tokens,
-            rollouts=self.totals.rollouts,
-            faulted=self.totals.faulted,
-            chosen=tuple(Chosen(best[i.name], i.text(best[i.name]), i.name) for i in self.islands),
-            scores=report.mixed(tables, self.config.shares),
-            history=tuple(history),
-            notes=(
-                *self.boxes.notes(), *notes, *archipelago.notes(self.islands), *opened, *self.client.ledger.table(),
-                *self._waiting(),
-            ),
-        )

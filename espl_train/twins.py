@@ -6,7 +6,6 @@ dealt yet. Where there are none left either, nothing can be checked, and the run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,24 +38,29 @@ class Check:
         return f"{self.prompt} leaves quarantine: {self.finding}" if self.before else ""
 
 
-async def examine(island: Island, step: int, candidates: Sequence[str], trials: Trials) -> list[Check]:
-    """Check whoever of `candidates` (and of those in quarantine) is due, and set aside or readmit them.
+async def examine(island: Island, step: int, most: int, trials: Trials) -> list[Check]:
+    """Check whoever is about to be among the `most` best, those that move up included, and those in quarantine; set
+    them aside or readmit them.
 
     Costs 4 × `twin_problems` × `rollout.samples` rollouts for every prompt; nobody is checked twice in a step.
     """
-    people, quarantine = island.population, island.quarantine
-    checks = []
+    people, checks = island.population, list[Check]()
     alive = [m.prompt.id for m in people.members]
-    for prompt in quarantine.due([p for p in candidates if p != people.root.id], alive, step):
-        before = prompt in quarantine.held
-        finding = await _compare(island, prompt, trials)
-        held = quarantine.judge(prompt, finding) if finding else before
-        if finding and held:
-            people.set_aside(prompt, f"quarantine: {finding}")
-        elif finding and before:
-            people.readmit(prompt)
-        checks.append(Check(prompt, finding, held, before))
+    while due := island.quarantine.due([p for p in island.candidates(most) if p != people.root.id], alive, step):
+        checks += [await _check(island, prompt, trials) for prompt in due]
     return checks
+
+
+async def _check(island: Island, prompt: str, trials: Trials) -> Check:
+    people, quarantine = island.population, island.quarantine
+    before = prompt in quarantine.held
+    finding = await _compare(island, prompt, trials)
+    held = quarantine.judge(prompt, finding) if finding else before
+    if finding and held:
+        people.set_aside(prompt, f"quarantine: {finding}")
+    elif finding and before:
+        people.readmit(prompt)
+    return Check(prompt, finding, held, before)
 
 
 async def _compare(island: Island, prompt: str, trials: Trials) -> Finding | None:

@@ -14,6 +14,7 @@ from espl_train.reflecting.cache import Cache
 from espl_train.reflecting.client import Client
 from espl_train.reflecting.endpoint import EndpointSource, check
 from espl_train.reflecting.ledger import Ledger
+from espl_train.reflecting.queue import Queue
 from espl_train.reflecting.source import Source
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def client_for(config: Config, run: Path, engine: Engine, chat: Chat, policy: Po
         source = EngineSource(engine, chat, config, lambda: policy.version, named)
     ledger = Ledger(config.reflection, run if source.paid else None)
     return Client(source, config, ledger, _cache(config, run / FOLDER))
+
+
+def queue_for(config: Config, run: Path, island: str) -> Queue | None:
+    """Where children of an environment wait for a person; None where nobody is asked."""
+    return Queue(run, island) if config.reflection.review and config.mode != "rl" else None
 
 
 def inspect(config: Config) -> Iterator[tuple[str, str]]:
