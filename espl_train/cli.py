@@ -103,12 +103,13 @@ def _dry_run(request: Request, ranks: Ranks) -> int:
 
 def _run(request: Request, ranks: Ranks) -> int:
     from espl_train.preflight import inspect
-    from espl_train.runs.directory import RunDirectory
+    from espl_train.runs.directory import RunDirectory, continued, read_config
     from espl_train.settings import load
 
     if request.resume:
+        stored = read_config(request.resume)
+        inspect(continued(request.resume, stored, request.overrides), request.resume)      # nothing is written before
         with RunDirectory.open(request.resume, request.overrides) as run:
-            inspect(run.config, run.path)
             return _guarded(run, request, ranks)
     config = load(request.presets, request.config, request.overrides)
     inspect(config)

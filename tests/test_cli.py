@@ -194,6 +194,20 @@ def test_the_same_directory_twice(trainer: Any, capsys: pytest.CaptureFixture[st
     assert code == 0 and "step 5/5" in out
 
 
+def test_a_continuation_that_is_refused_changes_nothing(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(config: Any, *_: Any) -> None:
+        raise EsplError(f"no server answers for {config.steps} steps")
+
+    trainer(lambda _: None)
+    outcome(capsys, *SMALL)
+    before = Path("run/config.toml").read_bytes()
+    monkeypatch.setattr(preflight, "inspect", refuse)
+    code, _, err = outcome(capsys, "--resume", "run", "--steps", "5")
+    assert code == 2 and "for 5 steps" in err and Path("run/config.toml").read_bytes() == before
+
+
 def test_a_damaged_newest_checkpoint_is_told_and_survived(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(lambda _: None)
     outcome(capsys, *SMALL)
