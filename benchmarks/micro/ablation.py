@@ -33,8 +33,8 @@ from benchmarks.micro.runs import Job
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "micro"
 TUNING_WORLDS = (20, 21, 22)
 TUNING_CELLS = (BOTH, NO_DECLARATIVE)
-CHECK_WORLDS = range(40, 50)
-PATIENCE, PATIENT_WORLDS = 120, 4       # ten times the steps
+CHECK_WORLDS = range(40, 44)
+PATIENCE, PATIENT_RATES = 120, (3e-3, 1e-3)      # ten times the steps
 WORLDS, PHASE_WORLDS = 30, 6
 PHASE = tuple(Cell(d, p) for d in (0.0, 0.5, 1.0) for p in (0.0, 0.5, 1.0))
 OTHERS = ("placebo", "shuffled_evidence", "sequential", "paper", "rl_oracle")
@@ -67,8 +67,8 @@ def checks(fixed: Mapping[str, Any]) -> Iterator[Job]:
         for arm in ("evolution_rl", "evolution"):
             yield Job("defaults", arm, world, BOTH, fixed[arm])
             yield Job("beliefs", arm, world, BOTH, {**fixed[arm], **BELIEFS})
-    for world in CHECK_WORLDS[:PATIENT_WORLDS]:
-        yield Job("patience", "rl", world, BOTH, fixed["rl"], steps=PATIENCE)
+    for rate in PATIENT_RATES:
+        yield Job("patience", "rl", CHECK_WORLDS[0], BOTH, {"learner.learning_rate": rate}, steps=PATIENCE)
 
 
 def report(fixed: Mapping[str, Any]) -> Iterator[Job]:
@@ -84,10 +84,13 @@ def report(fixed: Mapping[str, Any]) -> Iterator[Job]:
         yield Job("main", "oracle", world, BOTH)
     yield from crossed("control", ("evolution_rl", "rl"), worlds, (NO_DECLARATIVE,), fixed)
     yield from crossed("main", OTHERS, worlds, (BOTH,), fixed)
-    yield from crossed("control", ("evolution_rl", "rl", "evolution"), worlds, (NO_PROCEDURAL,), fixed)
+    sides = ("evolution_rl", "rl", "evolution")
+    yield from crossed("control", sides, worlds[: WORLDS // 2], (NO_PROCEDURAL,), fixed)
     rest = [cell for cell in PHASE if cell not in (BOTH, NO_DECLARATIVE, NO_PROCEDURAL)]
-    yield from crossed("phase", ("evolution_rl", "rl", "evolution"), worlds[:PHASE_WORLDS], rest, fixed)
-    yield from crossed("phase", ("evolution",), worlds[:PHASE_WORLDS], (NO_DECLARATIVE,), fixed)
+    for world in worlds[:PHASE_WORLDS]:
+        yield from crossed("phase", sides, [world], rest, fixed)
+        yield from crossed("phase", ("evolution",), [world], (NO_DECLARATIVE,), fixed)
+    yield from crossed("control", sides, worlds[WORLDS // 2 :], (NO_PROCEDURAL,), fixed)
 
 
 def crossed(

@@ -21,7 +21,7 @@ from benchmarks.micro.tabular import ARMS, run
 RATES = (0.2, 0.4, 0.8, 1.6)
 TUNING, WORLDS, PHASE_WORLDS = range(20, 28), range(2000, 2060), range(2000, 2008)
 DIALS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SIDES = ("evolution_rl", "rl", "evolution")
+SIDES = ("evolution_rl", "rl", "evolution", "sequential")
 Key = tuple[str, int, Cell, float]
 
 

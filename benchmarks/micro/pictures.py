@@ -72,7 +72,7 @@ def heat(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[
     axes.imshow(values, cmap="BrBG" if signed else "GnBu", vmin=-bound if signed else 0, vmax=bound, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         dark = abs(value) > 0.62 * bound
-        text = "–" if np.isnan(value) else f"{value:+.0f}" if signed else f"{value:.0f}"
+        text = "–" if np.isnan(value) else f"{value:+.0f}" if signed and round(value) else f"{value:.0f}".lstrip("-")
         axes.text(j, i, text, ha="center", va="center", color="white" if dark else INK, fontsize=10)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)

@@ -83,11 +83,13 @@ def side_questions(rows: Sequence[Row]) -> dict[str, Any]:
             found[f"{arm}: item_response, thompson, juvenile_games 1 - default"] = {
                 **interval(gaps, arm), "worlds": len(worlds), "default": float(np.mean([sides[0][w] for w in worlds]))
             }  # fmt: skip
-    patient = [r for r in rows if r["stage"] == "patience"]
-    if patient:
-        found["rl, ten times the steps"] = {
-            **interval([r["test"] for r in patient], "patience"), "worlds": len(patient), "steps": patient[0]["steps"]
-        }  # fmt: skip
+    for row in rows:
+        if row["stage"] == "patience":
+            name = f"rl, {row['steps']} steps, learning_rate {row['chosen']['learner.learning_rate']:g}"
+            found[name] = {"world": row["world"], "test": row["test"], "greedy": row["greedy"], "curve": [
+                round(float(np.mean([point[0] for point in row["curve"][i : i + 12]])), 3)
+                for i in range(0, row["steps"], 12)
+            ]}  # fmt: skip
     return found
 
 
@@ -186,10 +188,11 @@ def draw(folder: Path, found: Mapping[str, Any], main: Table, tabular: Mapping[s
         pictures.save(folder / "phase.png", pictures.phase, grid(found["phase"]), size=(8.2, 3.6), panels=2)
     if tabular is not None:
         sides = {
-            other: {(c["declarative"], c["procedural"]): c["mean"] for c in tabular["phase"][other]}
-            for _, other in SIDES
-        }
-        pictures.save(folder / "tabular_phase.png", pictures.phase, sides, size=(9.6, 4.4), panels=2)
+            other: {(c["declarative"], c["procedural"]): c["mean"] for c in cells}
+            for other, cells in tabular["phase"].items() if other in ARMS
+        }  # fmt: skip
+        pictures.save(folder / "tabular_phase.png", pictures.phase, sides, size=(4.6 * len(sides), 4.2),
+                      panels=len(sides))  # fmt: skip
 
 
 def grid(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple[float, float], float]]:
