@@ -56,6 +56,7 @@ class Island:
         self.lengths = Lengths()
         self.chosen: str | None = None      # who plays alone, while only weights learn
         self.queue = queue                  # of children that wait for a person, where one is asked
+        self._parked: dict[str, Any] | None = None      # the queue of a run that is continued without asking
         self.admitted: tuple[SystemPrompt, ...] = ()        # in this step, by a person
         self.reviewed: list[dict[str, Any]] = []            # what a review came to in this step, for the log
         self._others: list[tuple[Problems, Collector]] = []
@@ -155,7 +156,7 @@ class Island:
             "lengths": self.lengths.to_json(),
             "chosen": self.chosen,
             "quarantine": self.quarantine.state(),
-            "queue": self.queue.state() if self.queue else None,
+            "queue": self.queue.state() if self.queue is not None else self._parked,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -167,8 +168,9 @@ class Island:
         self.deck = Deck(self.sets.train, self.seed, state["deck"])
         self.lengths = Lengths.from_json(state["lengths"])
         self.chosen = state["chosen"]
-        if self.queue is not None and state["queue"] is not None:
-            self.queue.restore(state["queue"])
+        self._parked = state["queue"]
+        if self.queue is not None and self._parked is not None:
+            self.queue.restore(self._parked)
 
     def close(self) -> None:
         """Close all environments. Again is fine."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from espl_envs.core.messages import Message
 from espl_train.config import RatingConfig
+from espl_train.evolution import breeding
 from espl_train.evolution.breeding import Breeder
 from espl_train.evolution.edits import Limits, Operation
 from espl_train.evolution.mutation import candidates, fitted, pooled
@@ -80,6 +81,13 @@ def test_a_resumed_breeder_goes_on_as_if_nothing_had_happened() -> None:
         model = Scripted(summary="S", critique=plan(ADD))
         logs.append((asyncio.run(breeder.breed(1, people, later, tasks(4), model)), model.asked))
     assert logs[0] == logs[1] and logs[0][0].children
+
+
+def test_events_stand_in_the_same_order_whoever_came_back_first() -> None:
+    plan = {"event": "plan", "stage": "critique", "operations": []}
+    found = [{**plan, "index": 1}, {**plan, "index": 0, "operations": [{"op": "add"}]}, {**plan, "index": 0}]
+    one, other = (sorted(events, key=breeding._place) for events in (found, found[::-1]))
+    assert one == other and [event["index"] for event in one] == [0, 0, 1]
 
 
 def test_without_a_mixed_problem_nobody_is_asked() -> None:

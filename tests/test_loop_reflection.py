@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from evaluate_kit import MODEL, Server, completion, error, serving
 from hub_model import hub_model
-from loop_kit import config, deal, resume, run
+from loop_kit import breed_simply, config, deal, resume, run
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import Config
+from espl_train.evolution.rejections import Reason, Rejection
 from espl_train.reflecting.command import main as review
+from espl_train.reflecting.queue import Verdict
 from espl_train.reflecting.review import Desk
 from espl_train.runs import checkpoint
 from espl_train.runs.metrics import read_lines
@@ -128,3 +130,19 @@ def test_children_wait_for_a_person_across_a_resume(model: Path, tmp_path: Path,
     trainer, _ = resume(out, steps=3)
     newest = [m.prompt for m in trainer.islands[0].population.members][1:]
     assert [(p.id, p.born) for p in newest] == [("p0001", 1)] and "accepted" in outcomes(out, "review")
+
+
+def test_what_a_person_refused_outlives_an_empty_queue_and_a_run_without_review(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breed_simply(monkeypatch)
+    trainer, _ = run(config(model, tmp_path / "run", steps=1, **{"reflection.review": True}))
+    (island,), refused = trainer.islands, Rejection(Reason.REVIEW, "no")
+    assert island.queue is not None
+    for candidate in list(island.queue._waiting.values()):
+        island.queue.settle(Verdict(candidate, refused), "refused")
+    state = island.state()
+    assert state["queue"] == {"waiting": [], "refused": [["rule of step 1"]]}
+    island.queue = None
+    island.restore(state)
+    assert island.state()["queue"] == state["queue"]

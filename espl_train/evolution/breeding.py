@@ -7,6 +7,7 @@ the first call goes out, so a breeding may run while the weights learn and the r
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -272,10 +273,15 @@ class Breeder:
                 event |= {"outcome": "child", "parents": list(result.parents)}
                 event["principles"] = {p.id: p.text for p in result.principles}
             outcomes.append(event)
-        calls = sorted(reflector.events, key=lambda e: (e["stage"], e["index"], e["event"]))
+        calls = sorted(reflector.events, key=_place)
         counts = {reason.value: count for reason, count in sorted(reflector.rejections.items())}
         events = [{"step": step, **event} for event in (*calls, *noted)] + outcomes
         return BreedingReport(tuple(children), events, reflector.calls, counts, reflector.repaired)
+
+
+def _place(event: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Where an event of a call stands, whichever call came back first."""
+    return event["stage"], event["index"], json.dumps(event, sort_keys=True)
 
 
 def _all(refused: Rejection) -> list[Result]:
