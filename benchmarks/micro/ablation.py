@@ -35,7 +35,7 @@ TUNING_WORLDS = (20, 21, 22)
 TUNING_CELLS = (BOTH, NO_DECLARATIVE)
 CHECK_WORLDS = range(40, 44)
 PATIENCE, PATIENT_RATES = 120, (3e-3, 1e-3)      # ten times the steps
-WORLDS, PHASE_WORLDS = 30, 6
+WORLDS, HALF, PHASE_WORLDS = 30, 15, 4
 PHASE = tuple(Cell(d, p) for d in (0.0, 0.5, 1.0) for p in (0.0, 0.5, 1.0))
 OTHERS = ("placebo", "shuffled_evidence", "sequential", "paper", "rl_oracle")
 
@@ -85,12 +85,11 @@ def report(fixed: Mapping[str, Any]) -> Iterator[Job]:
     yield from crossed("control", ("evolution_rl", "rl"), worlds, (NO_DECLARATIVE,), fixed)
     yield from crossed("main", OTHERS, worlds, (BOTH,), fixed)
     sides = ("evolution_rl", "rl", "evolution")
-    yield from crossed("control", sides, worlds[: WORLDS // 2], (NO_PROCEDURAL,), fixed)
+    yield from crossed("control", sides, worlds[:HALF], (NO_PROCEDURAL,), fixed)
     rest = [cell for cell in PHASE if cell not in (BOTH, NO_DECLARATIVE, NO_PROCEDURAL)]
     for world in worlds[:PHASE_WORLDS]:
         yield from crossed("phase", sides, [world], rest, fixed)
         yield from crossed("phase", ("evolution",), [world], (NO_DECLARATIVE,), fixed)
-    yield from crossed("control", sides, worlds[WORLDS // 2 :], (NO_PROCEDURAL,), fixed)
 
 
 def crossed(
