@@ -39,26 +39,20 @@ from espl_train.serving.exhibit import Exhibit
 from espl_train.serving.recall import Recall
 from espl_train.serving.server import Offer, Server
 from espl_train.settings import ConfigError, load
+from espl_train.stage import Stage
 
 PROBLEMS = 6
 ROOT = "count from the right"
 
 
 class Watched(Trainer):
-    """Keeps what was played, and learns something for sure."""
-
-    played: dict[str, list[Rollout]]
+    """Learns something for sure."""
 
     def _update(self, *args: Any, **named: Any) -> Any:
         report = super()._update(*args, **named)
         shake(self.policy, 0.02)
         self.policy.advance(1)
         return report
-
-    def _play(self, *args: Any, **named: Any) -> list[list[Rollout]]:
-        found = super()._play(*args, **named)
-        (self.__dict__.setdefault("played", {})[args[2]],) = found
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +66,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, li
         "evolution.crossover_probability": 0.0,
     })  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, RunDirectory.create(config) as run, Console(1, "", True) as console:
+        played: dict[str, list[list[Rollout]]] = {}
+
+        def play(self: Stage, *args: Any, **named: Any) -> list[list[Rollout]]:
+            played[args[3]] = original(self, *args, **named)
+            return played[args[3]]
+
+        original = Stage.play
+        patch.setattr(Stage, "play", play)
         patch.setattr(Problems, "sample", lambda self, _, size: [int(i) for i in self.indices[:size]])
-        trainer = Watched(config, run, console)
-        trainer.train()
+        Watched(config, run, console).train()
         run.log.close()
-    yield folder, trainer.played["test"]
+    (test,) = played["test"]
+    yield folder, test
 
 
 def test_espl_eval_of_a_run_is_its_own_test(trained: tuple[Path, list[Rollout]], tmp_path: Path) -> None:
