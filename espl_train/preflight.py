@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from espl_envs.core.errors import EsplError
 from espl_train import schedule
 from espl_train.config import Config
+from espl_train.evolution.guards import Guard
 from espl_train.evolution.prompts import Principle
 from espl_train.problems import ProblemSets
 from espl_train.reflecting.choice import inspect as reflection
@@ -49,7 +50,7 @@ def inspect(config: Config, run: Path | None = None, dry: bool = False) -> Plan:
     """
     _all_arguments(config)
     sets = {name: ProblemSets.of(equipped(config, env)) for name, env in config.environments.items()}
-    cheap = (*_environment(config, sets), *_model(config))
+    cheap = (*_environment(config, sets), *_model(config, sets))
     asked = reflection(config) if config.mode != "rl" else ()
     return Plan((*cheap, *_boxes(config, sets, dry), *asked, *_work(config), *_directory(config, run)))
 
@@ -91,7 +92,7 @@ def _boxes(config: Config, sets: Mapping[str, ProblemSets], dry: bool) -> Iterat
         yield from check(settings, config.sandbox, dry)
 
 
-def _model(config: Config) -> Iterator[tuple[str, str]]:
+def _model(config: Config, sets: Mapping[str, ProblemSets]) -> Iterator[tuple[str, str]]:
     from transformers import AutoConfig
 
     from espl_train.engines import choice
@@ -124,6 +125,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         templates.placebo()
     yield "templates", f"{templates.folder.name}: {templates.description}".rstrip(": ")
     yield from _root(config, templates, tokenizer)
+    _guarded(config, sets, tokenizer)
     trained = {"lora": f"LoRA of rank {config.learner.rank}", "full": "all weights"}[config.learner.mode]
     yield "weights", f"{trained}, {config.learner.loss}" if config.mode != "evolution" else "frozen"
 
@@ -142,6 +144,23 @@ def _root(config: Config, templates: TemplateSet, tokenizer: Any) -> Iterator[tu
             "raise the other"
         )
     yield "prompts", f"at most {limit:,} tokens; the root prompt has {tokens:,}"
+
+
+def _guarded(config: Config, sets: Mapping[str, ProblemSets], tokenizer: Any) -> None:
+    """Raises EsplError for a root prompt that could not be bred: principles that the guard of children refuses."""
+    root = config.evolution.root
+    if not root or config.mode == "rl":
+        return
+    guard = Guard(config.evolution.max_words, tokenizer.all_special_tokens)
+    others = [Guard(config.evolution.max_words) for _ in sets]
+    for other, parts in zip(others, sets.values(), strict=True):
+        other.learn(parts.train.tasks)
+    guard.heed(others)
+    for number, text in enumerate(root, 1):
+        if (refused := guard.check(text)) is not None:
+            raise EsplError(f"Principle {number} of evolution.root is refused by the guard: {refused.detail}")
+    if (refused := guard.check_prompt(root, root)) is not None:
+        raise EsplError(f"The principles of evolution.root are refused together by the guard: {refused.detail}")
 
 
 def _work(config: Config) -> Iterator[tuple[str, str]]:

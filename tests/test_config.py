@@ -162,6 +162,41 @@ def test_a_mistake_is_a_sentence_that_names_the_option(words: list[str], parts: 
     assert "Traceback" not in text and "pydantic" not in text
 
 
+def test_a_root_prompt_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "root.txt"
+    file.write_bytes("\ufeff  Be brief. \r\n\n\tPrüfe es, dann antworte.\n".encode())
+    config = from_words("--root", str(file))
+    assert config.evolution.root == ("Be brief.", "Prüfe es, dann antworte.")
+    assert from_toml(to_toml(config)) == config, "the run does not keep the principles themselves"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ["is empty", "one principle a line"]),
+        (b" \n\t\r\n", ["is empty", "leave --root away"]),
+        (b"\xff\xfe\x00", ["no text in UTF-8"]),
+        (b"word " * 300_000, ["more than 1,000,000 bytes", "no system prompt"]),
+        (b"Be brief.\n" + b"word " * 40, ["Principle 2 ", "40 words", "evolution.max_words is 32", "shorten"]),
+        (b"Be brief.\n" * 40, ["40 principles", "evolution.max_principles is 32", "shorten"]),
+    ],
+)
+def test_a_root_prompt_file_that_is_empty_or_too_long_is_a_sentence(
+    content: bytes, parts: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "root.txt"
+    file.write_bytes(content)
+    text = complaint("--root", str(file))
+    assert [part for part in parts if part not in text] == [] and "\n" not in text, text
+
+
+def test_a_root_prompt_file_that_is_not_there_or_one_of_two_roots(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in complaint("--root", str(tmp_path / "none.txt"))
+    assert "cannot be read: Is a directory" in complaint("--root", str(tmp_path))
+    (tmp_path / "root.txt").write_text("Be brief.")
+    assert "both given" in complaint("--root", str(tmp_path / "root.txt"), "--evolution.root", "Be long.")
+
+
 @pytest.mark.parametrize(
     ("toml", "parts"),
     [

@@ -131,7 +131,10 @@ def _evolution(config: Config) -> Iterator[str]:
             f"elite, {2 + more} newborn children, and the {prompts} prompts of one step."
         )
     if (count := len(evolution.root)) > evolution.max_principles:
-        yield f"evolution.root has {count} principles, evolution.max_principles is {evolution.max_principles}."
+        yield (
+            f"evolution.root has {count} principles, but evolution.max_principles is {evolution.max_principles}: "
+            "shorten the one or raise the other."
+        )
     if evolution.answer_visibility == "none" and evolution.crossover_probability:
         yield (
             "evolution.answer_visibility is none, but crossover shows which prompt did better on which problem: use "
@@ -140,7 +143,10 @@ def _evolution(config: Config) -> Iterator[str]:
     for number, text in enumerate(evolution.root, 1):
         if (words := len(text.split())) > evolution.max_words:
             most = evolution.max_words
-            yield f"Principle {number} of evolution.root has {words} words, evolution.max_words is {most}."
+            yield (
+                f"Principle {number} of evolution.root has {words} words, but evolution.max_words is {most}: shorten "
+                "the one or raise the other."
+            )
         if not text.strip():
             yield f"Principle {number} of evolution.root is empty."
 

@@ -24,14 +24,15 @@ from espl_train.settings.options import (
     read_loose,
     sections,
 )
+from espl_train.settings.root import read_root
 from espl_train.settings.subcommands import COMMANDS
 
 SHORT = {
     "env": "env.id", "model": "model.path", "engine": "engine.kind", "test-env": "env.test_id",
     "review": "reflection.review",
 }  # fmt: skip
-VALUES = ("config", "preset", "resume")
-TOOLS = "env.args.tools"
+VALUES = ("config", "preset", "resume", "root")
+TOOLS, ROOT = "env.args.tools", "evolution.root"
 PRESETS = {
     "": "Presets (--preset NAME)", "Baseline": "Baselines (presets, too)", "Control": "Controls (presets, too)",
 }  # fmt: skip
@@ -56,6 +57,7 @@ COMMAND_OPTIONS = (
     ("--engine NAME", "who samples: local or vllm (engine.kind)"),
     ("--preset NAME", "settings by name, see below; may be given several times"),
     ("--config FILE", "a TOML file; wins over presets, loses to the command line"),
+    ("--root FILE", "root prompt, one principle a line (evolution.root)"),
     ("--review", "children wait for a person, who decides with espl-train review RUN (reflection.review)"),
     ("--resume RUN", "continue the run in this directory, with its own settings"),
     ("--dry-run", "print the settings and what would happen, then stop"),
@@ -132,6 +134,10 @@ def parse(argv: Sequence[str]) -> Request:
                 continue
             text = value if equals else _next(rest, name)
             scope[key] = option.read(text) if option is not None else read_loose(text)
+    if "root" in paths:
+        if ROOT in others:
+            raise ConfigError(f"--root and --{ROOT} are both given: use one of the two.")
+        others[ROOT] = read_root(paths["root"])
     overrides = environments.scoped(others, scopes)
     request = Request(overrides, tuple(presets), paths.get("config"), paths.get("resume"), frozenset(flags), profile)
     if request.resume and (request.presets or request.config):
