@@ -60,6 +60,8 @@ def test_a_run_of_two_worlds_goes_on_where_it_was_stopped(
     }  # fmt: skip
     played = [r for r in read_lines(whole / "metrics.jsonl") if r["step"]]
     assert [r["envs/conventions/rollouts/count"] for r in played] == [16, 16]
+    asked = {key.split("/")[2] for record in played for key in record if key.startswith("reflection/for/")}
+    assert asked and all(":p0" in prompt for prompt in asked), "a prompt is named once, with its environment"
     assert (whole / "plot.png").stat().st_size > 10_000
     shown = Exhibit.of(str(whole), "conventions-2/best", {}).to_json()
     assert shown["prompt"].startswith("conventions-2:p000")

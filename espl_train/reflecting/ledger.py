@@ -191,11 +191,10 @@ def _of(kind: type[Any], row: Mapping[str, Any]) -> list[Any]:
 
 
 def grouped(page: Mapping[Account, Spent], by: str) -> dict[str, Spent]:
-    """Sums by one field of the accounts; prompts go by their environment too, where there are several."""
+    """Sums by one field of the accounts. Ids of prompts name their environment, where there are several."""
     found: defaultdict[str, Spent] = defaultdict(Spent)
     for account, spent in page.items():
-        name = str(getattr(account, by))
-        found[f"{account.island}/{name}" if by == "prompt" and account.island and name else name] += spent
+        found[str(getattr(account, by))] += spent
     return dict(found)
 
 
