@@ -204,7 +204,7 @@ def test_a_second_look_at_the_test_split_is_said(tmp_path: Path) -> None:
     (said,) = report.opened(tmp_path, 40)
     assert "opened before, at step 20" in said and "no first look" in said
     (said,) = report.opened(tmp_path, 60)
-    assert "at step 20, 40:" in said
+    assert "at step 20, at step 40:" in said
 
 
 def test_the_notes_say_how_scores_were_taken_and_how_the_prompt_was_chosen() -> None:

@@ -213,7 +213,7 @@ def test_tools_on_the_command_line(words: list[str], tools: list[str]) -> None:
         (["--tools", "python", "--sandbox.provider", "dokcer"], "Did you mean docker?"),
         (["--tools", "python", "--sandbox.memory", "99"], "Did you mean --sandbox.memory_mb?"),
         (["--tools", "python", "--env.args.sandbox.cpu", "1"], "cpus"),
-        (["--tools", "python", "--env", "espl/Conventions-v0"], "no argument 'tools'"),
+        (["--env", "espl/Conventions-v0", "--tools", "python"], "no argument 'tools'"),
         (["--tools", "python", "--test-env", "espl/AIME25-v0"], "add --env.test_args.tools"),
     ],
 )

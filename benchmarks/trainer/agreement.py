@@ -42,7 +42,7 @@ def agree(work: Work) -> Agreement:
         adapter = _shake(trainer.policy)
         seen = _listen(trainer.policy.trainable_parameters())
         done = trainer.iterate()
-    rollouts = [rollout for group in done.groups for rollout in group.rollouts]
+    rollouts = done.rollouts
     theirs, entropy = _theirs(work, adapter, rollouts)
     return Agreement(_distance(seen, theirs), abs(done.update.entropy / entropy - 1))
 

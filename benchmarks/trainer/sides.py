@@ -33,7 +33,7 @@ def ours(work: Work, pipe: Connection) -> None:
             assert done.update is not None and done.update.skipped is None
             if done.update.tokens != work.tokens:
                 raise SystemExit(f"ours trained on {done.update.tokens} tokens, not on {work.tokens}")
-            meter.add(sum(r.sampled_tokens for group in done.groups for r in group.rollouts))
+            meter.add(sum(r.sampled_tokens for r in done.rollouts))
             pipe.send(meter.stop())
 
 

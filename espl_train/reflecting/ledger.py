@@ -21,7 +21,7 @@ from espl_train.runs.metrics import JsonLines, read_lines
 SPENDING = "spending.jsonl"
 MOST = 5                    # prompts in the table
 BRIEF = ("calls", "prompt_tokens", "completion_tokens")
-HEAD = ("calls", "failed", "replayed", "tokens in", "tokens out", "seconds")
+HEAD = ("calls", "failed", "replayed", "tokens in", "tokens out", "call seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,10 @@ class Ledger:
         return sum(spent.completion_tokens for account, spent in self._page.items() if account.island == island)
 
     def metrics(self) -> dict[str, float]:
-        """Of this step: all, by stage, and by prompt; nothing where nothing was called."""
+        """Of this step: all, by stage, and by prompt; nothing where nothing was called.
+
+        `call_seconds` are added up call by call; how long the step's reflection took is the phase's `seconds`.
+        """
         if not self._page:
             return {}
         found = {f"reflection/{name}": value for name, value in self._shown(total(self._page.values())).items()}
@@ -183,7 +186,8 @@ class Ledger:
             self._spending = None
 
     def _shown(self, spent: Spent) -> dict[str, float]:
-        return {name: value for name, value in asdict(spent).items() if name != "cost" or self._prices}
+        sums = {name: value for name, value in asdict(spent).items() if name != "cost" or self._prices}
+        return {"call_seconds" if name == "seconds" else name: value for name, value in sums.items()}
 
 
 def _of(kind: type[Any], row: Mapping[str, Any]) -> list[Any]:
