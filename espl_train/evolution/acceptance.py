@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -74,12 +75,8 @@ def _compared(
     if not pairs:
         refused = Rejection(Reason.NO_TRIAL, "no attempt of the trial could be scored")
         return Decision(math.nan, math.nan, math.nan, math.nan, 0, refused)
-    mean, measure = (math.fsum(map(_mean, side)) / len(pairs) for side in zip(*pairs, strict=True))
+    mean, measure = (fmean(map(fmean, side)) for side in zip(*pairs, strict=True))
     return Decision(mean, measure, *paired_difference(pairs), len(pairs))
-
-
-def _mean(rewards: Sequence[float]) -> float:
-    return math.fsum(rewards) / len(rewards)
 
 
 def _better_than_its_parent(found: Decision, config: EvolutionConfig) -> Decision:

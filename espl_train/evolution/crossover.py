@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -137,7 +138,7 @@ def winners(encounters: Sequence[Encounter], best: str, config: EvolutionConfig)
 
 
 def _by_margin(encounter: Encounter, margin: float) -> list[Win]:
-    (first, winner), (second, _) = sorted(((_mean(v), p) for p, v in encounter.rewards.items()), reverse=True)[:2]
+    (first, winner), (second, _) = sorted(((fmean(v), p) for p, v in encounter.rewards.items()), reverse=True)[:2]
     return [Win(winner, encounter, 1.0)] if first - second > margin + 1e-9 else []
 
 
@@ -198,8 +199,8 @@ def _set(
         name,
         prompt.id,
         tuple(replace(p, id=f"{name}.{p.id}") for p in prompt.principles),
-        _mean([_mean(rewards[prompt.id]) for rewards in met]),
-        _mean([_mean(rewards[best]) for rewards in met]),
+        fmean([fmean(rewards[prompt.id]) for rewards in met]),
+        fmean([fmean(rewards[best]) for rewards in met]),
         len(met),
         len(wins),
         tuple(Victory(tasks[w.encounter.problem].question, _scores(w.encounter, names)) for w in surest),
@@ -208,7 +209,7 @@ def _set(
 
 def _scores(encounter: Encounter, names: Mapping[str, str]) -> tuple[Score, ...]:
     met = ((name, encounter.rewards[p]) for p, name in names.items() if p in encounter.rewards)
-    return tuple(Score(name, _mean(rewards), len(rewards)) for name, rewards in met)
+    return tuple(Score(name, fmean(rewards), len(rewards)) for name, rewards in met)
 
 
 def credited(origin: Origin, text: str, donors: Sequence[PromptSet]) -> Origin:
@@ -223,7 +224,3 @@ def credited(origin: Origin, text: str, donors: Sequence[PromptSet]) -> Origin:
         if p.id in named or fingerprint(p.text) == same
     ]
     return replace(origin, sources=tuple(dict.fromkeys([*origin.sources, *given])))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +94,7 @@ def match(groups: Sequence[Group], config: RatingConfig) -> Match:
     if not shared:
         return Match((), {}, {}, table, step)
     problems = tuple(sorted(shared))
-    values = {p: _mean([_mean(row[q]) for q in problems]) for p, row in table.items()}
+    values = {p: fmean([fmean(row[q]) for q in problems]) for p, row in table.items()}
     order = sorted(values, key=lambda p: (-values[p], p))
     beats = _paired(table, problems, config) if config.ties == "paired" else _tolerance(values, config)
     ranks: dict[str, int] = {}
@@ -127,14 +128,10 @@ def paired_difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) 
     The error is the larger of two estimates: from the spread between problems, and from the spread of the samples
     within them. Few problems can agree by accident, and a single one has no spread at all.
     """
-    differences = [_mean(a) - _mean(b) for a, b in pairs]
+    differences = [fmean(a) - fmean(b) for a, b in pairs]
     count = len(differences)
     within = math.fsum(_error2(a) + _error2(b) for a, b in pairs) / count**2
-    return _mean(differences), math.sqrt(max(within, _error2(differences)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return fmean(differences), math.sqrt(max(within, _error2(differences)))
 
 
 def _error2(values: Sequence[float]) -> float:
@@ -142,5 +139,5 @@ def _error2(values: Sequence[float]) -> float:
     count = len(values)
     if count < 2:
         return 0.0
-    mean = _mean(values)
+    mean = fmean(values)
     return math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count

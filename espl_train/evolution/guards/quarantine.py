@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from espl_train.config import LEAST_TWINS
@@ -56,10 +57,10 @@ def compare(seen: tuple[Scores, Scores], others: tuple[Scores, Scores], twins: b
     noise = 0.5 / attempts          # of a lead: two means of so many rewards of 0 or 1
     if twins:
         gaps = [first[p] - second[p] for p in first]
-        return Finding(_mean(gaps), math.sqrt(_spread(gaps, 2 * noise) / len(gaps)), len(gaps), twins)
+        return Finding(fmean(gaps), math.sqrt(_spread(gaps, 2 * noise) / len(gaps)), len(gaps), twins)
     one, two = list(first.values()), list(second.values())
     error = math.sqrt(_spread(one, noise) / len(one) + _spread(two, noise) / len(two))
-    return Finding(_mean(one) - _mean(two), error, len(one), twins)
+    return Finding(fmean(one) - fmean(two), error, len(one), twins)
 
 
 class Quarantine:
@@ -115,14 +116,10 @@ def ancestry(prompt: str, lineage: Lineage) -> list[int]:
 
 
 def _leads(prompt: Scores, root: Scores) -> dict[int, float]:
-    return {p: _mean(row) - _mean(root[p]) for p, row in prompt.items() if row and root.get(p)}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return {p: fmean(row) - fmean(root[p]) for p, row in prompt.items() if row and root.get(p)}
 
 
 def _spread(values: Sequence[float], prior: float) -> float:
     """The variance, with one imaginary observation of `prior`."""
-    mean = _mean(values)
+    mean = fmean(values)
     return (math.fsum((v - mean) ** 2 for v in values) + prior) / len(values)
