@@ -93,11 +93,15 @@ class Trainer:
                 self._stop_where_nobody_answers()
             return finish(self)
         finally:
-            for island in self.islands:
-                island.close()
-            self.client.close()
-            self.engine.close()
-            self.boxes.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of environments, reflection, engine and boxes. Again is fine."""
+        for island in self.islands:
+            island.close()
+        self.client.close()
+        self.engine.close()
+        self.boxes.close()
 
     def iterate(self) -> IterationReport:
         """One iteration. `self.step` counts the finished ones; this one is number `self.step + 1`."""

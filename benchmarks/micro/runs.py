@@ -85,9 +85,7 @@ def opened(config: Config) -> Iterator[Trainer]:
         try:
             yield trainer
         finally:
-            for island in trainer.islands:
-                island.close()
-            trainer.engine.close()
+            trainer.close()
 
 
 def untrained(trainer: Trainer) -> dict[str, Any]:

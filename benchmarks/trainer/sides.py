@@ -64,9 +64,7 @@ def our_trainer(work: Work) -> Iterator[Any]:
             try:
                 yield trainer
             finally:
-                for island in trainer.islands:
-                    island.close()
-                trainer.engine.close()
+                trainer.close()
 
 
 def trl(work: Work, pipe: Connection) -> None:
