@@ -128,6 +128,24 @@ def test_an_update_that_runs_out_of_memory_asks_for_less_and_learns_the_same(mon
     assert who.update(related_groups(1)).notes == ()           # what was learnt about memory stays
 
 
+def test_a_resumed_run_knows_what_did_not_fit_and_learns_the_same(monkeypatch):
+    straight = learner()
+    starve(straight, monkeypatch, 60, MemoryError())
+    straight.update(related_groups(0))
+    saved = straight.state_dict()
+    again = learner()
+    again.load_state_dict(saved)
+    tried = starve(again, monkeypatch, 60, MemoryError())
+    ours, theirs = again.update(related_groups(1)), straight.update(related_groups(1))
+    assert max(tried) <= 60 and ours.notes == ()               # nothing fails for a second time
+    assert ours.grad_norm == theirs.grad_norm
+    assert all(torch.equal(p, straight.policy.state()[n]) for n, p in again.policy.state().items())
+    elsewhere = learner()
+    monkeypatch.setattr(memory, "named", lambda _: "a larger machine")
+    elsewhere.load_state_dict(saved)
+    assert elsewhere.limits == learner().limits and not elsewhere.policy.checkpointing
+
+
 def test_where_not_even_one_sequence_fits_the_knobs_are_named_and_nothing_has_changed(monkeypatch):
     who = learner()
     before = who.policy.state()

@@ -66,6 +66,11 @@ def free(device: torch.device) -> int:
     return min(found, default=2**62)
 
 
+def named(device: torch.device) -> str:
+    """What kind of device it is: what fits into one fits into another of the same name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def watched() -> Iterator[None]:
     """Whatever says that memory ran out becomes `OutOfMemory`."""

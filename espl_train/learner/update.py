@@ -121,19 +121,32 @@ class Learner:
             "skipped": dict(self.skipped),
             "optimizer": self.optimizer.state_dict(),
             "masters": self._masters if apart else [],
+            "room": self._room(),
         }
         return self.ranks.gather(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`: weights, version, moments, counters. How many ranks made it is all the same."""
+        """Continue from `state_dict()`: weights, version, moments, counters. How many ranks made it is all the same.
+
+        What was found to fit into memory is taken over where it was found in the same place: elsewhere there may be
+        more.
+        """
         state = self.ranks.spread(state)
         self.policy.load_state(state["policy"], state["version"])
+        if (found := state["room"])["where"] == self._room()["where"]:
+            self.limits = replace(self.limits, tokens=min(found["tokens"], self.limits.tokens))
+            self.policy.checkpoint(found["checkpointing"] or self.policy.checkpointing)
         self.steps = state["steps"]
         self.skipped = Counter(state["skipped"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         with torch.no_grad():
             for master, saved in zip(self._masters, state["masters"] or self._weights, strict=True):
                 master.copy_(saved)
+
+    def _room(self) -> dict[str, Any]:
+        """What fits into memory as far as it is known by now, and where."""
+        where = memory.named(self.policy.device)
+        return {"tokens": self.limits.tokens, "checkpointing": self.policy.checkpointing, "where": where}
 
     def _micro_batches(self, groups: Sequence[Group]) -> list[MicroBatch]:
         """The whole update, weights set; empty where there is nothing to learn."""

@@ -20,7 +20,7 @@ from typing import Any
 from espl_envs.core.errors import EsplError
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 4
+FORMAT = 5
 NAME = re.compile(r"step-(\d{6,})")
 WRITING, REPLACED = ".writing-", ".replaced-"
 
