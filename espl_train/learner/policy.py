@@ -262,7 +262,7 @@ def _with_adapter(model: Any, config: LearnerConfig, seed: int, name: str) -> An
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):      # PEFT draws on the CPU; by default every GPU there is would be woken
         wrapped: Any = get_peft_model(model, lora)
     wrapped.peft_config["default"].base_model_name_or_path = name
     draw_adapter(wrapped, seed)
