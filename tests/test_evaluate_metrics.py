@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espl_envs.evaluate import metrics
+from espl_envs.evaluate import metrics, plurality
 from espl_envs.evaluate.intervals import UNIT, Estimate, estimates, prompt_spread, replicates, scale_of
 from espl_envs.evaluate.metrics import Sample, budget_grid, maj_at_k, pass_at_k, pass_hat_k, vote, within_budget
 from espl_envs.evaluate.records import Outcome
@@ -82,13 +82,65 @@ def test_a_vote_that_lets_the_first_answer_win_ties_is_noticed() -> None:
     assert maj_at_k(answers, scores, 2) == 0.5 == maj_at_k(answers[::-1], scores[::-1], 2)
 
 
-def test_majorities_of_many_samples_are_counted_in_the_blink_of_an_eye() -> None:
-    """Subsets are not enumerated: there are 10^18 of them. Half right, and wrong answers that never agree: 32 of 64
-    are right but for those in which no right answer comes up, or one does and ties with the others."""
-    answers = ["42"] * 32 + [str(100 + i) for i in range(32)]
-    scores = [1.0] * 32 + [0.0] * 32
-    none, one = math.comb(32, 32), 32 * math.comb(32, 31)
-    assert maj_at_k(answers, scores, 32) == pytest.approx(1 - (none + one * 31 / 32) / math.comb(64, 32), abs=1e-12)
+def drawn(parties: Sequence[plurality.Party], abstainers: int, k: int) -> Fraction:
+    """maj@k by asking every way in which k ballots can fall on the parties, in exact fractions."""
+    total, sizes = Fraction(0), [size for size, _ in parties]
+    for votes in itertools.product(*(range(min(size, k) + 1) for size in sizes)):
+        if not 0 <= k - sum(votes) <= abstainers or not any(votes):
+            continue
+        ways = math.comb(abstainers, k - sum(votes)) * math.prod(map(math.comb, sizes, votes))
+        best = [Fraction(score) for (_, score), got in zip(parties, votes, strict=True) if got == max(votes)]
+        total += ways * sum(best) / len(best)
+    return total / math.comb(sum(sizes) + abstainers, k)
+
+
+houses = st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=4)
+
+
+@given(houses, st.integers(0, 6), st.data())
+@settings(max_examples=80, deadline=None)
+def test_a_plurality_is_that_of_every_draw(
+    parties: list[plurality.Party], abstainers: int, data: st.DataObject
+) -> None:
+    parties = sorted(parties)
+    k = data.draw(st.integers(1, sum(size for size, _ in parties) + abstainers))
+    found = plurality.plurality(tuple(parties), abstainers, k)
+    assert found == pytest.approx(float(drawn(parties, abstainers, k)), abs=1e-13)
+
+
+@pytest.mark.parametrize("name, mutant", [
+    ("_binomial", lambda trials, chance: np.array([math.comb(trials, j) * chance**j for j in range(trials + 1)])),
+    ("_all", lambda chances, _: float(chances[-1] > 0.9)),
+    ("_coefficient", lambda values, *_: float(values.real.mean())),
+])  # fmt: skip
+def test_the_mutants_of_the_plurality_are_found(name: str, mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chances that forget who was not drawn, one that is taken for negligible, a coefficient of another power."""
+    parties = ((1, 0.5), (2, 0.0), (2, 1.0), (4, 0.25))
+    expected = pytest.approx(float(drawn(parties, 1, 5)), abs=1e-9)
+    plurality.plurality.cache_clear()
+    assert plurality.plurality(parties, 1, 5) == expected
+    monkeypatch.setattr(plurality, name, mutant)
+    plurality.plurality.cache_clear()
+    assert plurality.plurality(parties, 1, 5) != expected
+    plurality.plurality.cache_clear()
+
+
+def test_majorities_of_thousands_of_samples_are_exact() -> None:
+    """Subsets are not enumerated: there are 10^300 of them. Half right, and wrong answers that never agree: all are
+    right but for those in which no right answer comes up, or one does and ties with the others. Two answers: the tail
+    of the hypergeometric distribution."""
+    for n, k in ((64, 32), (2000, 12), (2000, 500)):
+        half, lone = n // 2, 0 if k > n // 2 else math.comb(n // 2, k)
+        answers = ["42"] * half + [str(100 + i) for i in range(n - half)]
+        scores = [1.0] * half + [0.0] * (n - half)
+        one = half * math.comb(n - half, k - 1)
+        expected = 1 - float(Fraction(lone + one * Fraction(k - 1, k), math.comb(n, k)))
+        assert maj_at_k(answers, scores, k) == pytest.approx(expected, abs=1e-12)
+    n, k, right = 3000, 1000, 1530
+    ways = [math.comb(right, j) * math.comb(n - right, k - j) for j in range(k + 1)]
+    tail = ways[k // 2] + 2 * sum(ways[k // 2 + 1 :])
+    found = maj_at_k(["1"] * right + ["2"] * (n - right), [1.0] * right + [0.0] * (n - right), k)
+    assert found == pytest.approx(float(Fraction(tail, 2 * math.comb(n, k))), abs=1e-12) and 0.7 < found < 0.8
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [

@@ -13,8 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Self
 
-import numpy as np
-
+from espl_envs.evaluate.plurality import plurality
 from espl_envs.evaluate.records import Episode, Outcome
 from espl_envs.grading.latex import canonical, normalise
 from espl_envs.grading.limits import breach
@@ -75,7 +74,7 @@ def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> 
         if answer is not None:
             ballots.setdefault(vote(answer), []).append(score)
     parties = sorted((len(party), math.fsum(party) / len(party)) for party in ballots.values())
-    return _majority(tuple(parties), len(answers) - sum(size for size, _ in parties), k)
+    return plurality(tuple(parties), len(answers) - sum(size for size, _ in parties), k)
 
 
 @lru_cache(maxsize=65536)
@@ -87,57 +86,6 @@ def vote(answer: str) -> Hashable:
     plain = normalise(text)
     number = read_number(plain)
     return number.value if number else canonical(plain).casefold().rstrip(".") or text
-
-
-@lru_cache(maxsize=65536)
-def _majority(parties: tuple[tuple[int, float], ...], abstainers: int, k: int) -> float:
-    """Exact, by the number of votes v that wins: walk through the parties, drawing without replacement, and keep the
-    probability `chance[t, r]` that t parties have v votes so far, none has more, and r draws are left, along with the
-    expectation `worth` of the sum of the scores of those t. Each of t winners is chosen with probability 1 / t.
-    """
-    total, expected = sum(size for size, _ in parties) + abstainers, 0.0
-    if len(parties) == 1 and not abstainers:
-        return parties[0][1]
-    if k == total:
-        winners = [score for size, score in parties if size == parties[-1][0]]
-        return math.fsum(winners) / len(winners) if winners else 0.0
-    drawn = _draws(parties, total, k)
-    for votes in range(1, min(k, parties[-1][0] if parties else 0) + 1):
-        chance = np.zeros((k // votes + 1, k + 1))
-        worth = np.zeros_like(chance)
-        chance[0, k] = 1.0
-        for (size, score), table in zip(parties, drawn, strict=True):
-            old_chance, old_worth = chance, worth
-            chance, worth = np.zeros_like(chance), np.zeros_like(worth)
-            for j in range(min(size, votes - 1, k) + 1):
-                chance[:, : k + 1 - j] += old_chance[:, j:] * table[j:, j]
-                worth[:, : k + 1 - j] += old_worth[:, j:] * table[j:, j]
-            if size >= votes:
-                wins = old_chance[:-1, votes:] * table[votes:, votes]
-                chance[1:, : k + 1 - votes] += wins
-                worth[1:, : k + 1 - votes] += old_worth[:-1, votes:] * table[votes:, votes] + wins * score
-        expected += float(sum(worth[t].sum() / t for t in range(1, len(worth))))
-    return expected
-
-
-def _draws(parties: Sequence[tuple[int, float]], total: int, k: int) -> list[np.ndarray]:
-    """Per party, in order: [draws left, drawn from it] → hypergeometric probability."""
-    log_factorial = np.array([math.lgamma(number + 1) for number in range(total + 1)])
-
-    def log_ways(things: int, chosen: np.ndarray) -> np.ndarray:
-        possible = (chosen >= 0) & (chosen <= things)
-        inside = np.where(possible, chosen, 0)
-        logs = log_factorial[things] - log_factorial[inside] - log_factorial[things - inside]
-        return np.where(possible, logs, -np.inf)
-
-    tables, left = [], total
-    for size, _ in parties:
-        r, j = np.arange(k + 1)[:, None], np.arange(min(size, k) + 1)[None, :]
-        all_ways = log_ways(left, r)
-        ways = log_ways(size, j) + log_ways(left - size, r - j)
-        tables.append(np.exp(ways - np.where(np.isfinite(all_ways), all_ways, 0.0)) * (r <= left))
-        left -= size
-    return tables
 
 
 def mean_score(samples: Samples) -> float:

@@ -213,6 +213,7 @@ class Policy:
             return merged, partial(_merge_into, _give_own_weights(merged, self.causal))
         trained = [p for p in self.causal.parameters() if p.requires_grad]
         beside = _sharing_copy(self.causal, but=trained).requires_grad_(False)
+        _cast_once(beside)
         own = dict(beside.named_parameters())
         return beside, partial(_copy_into, [(p, own[n]) for n, p in self.causal.named_parameters() if p.requires_grad])
 
@@ -261,11 +262,14 @@ def _with_adapter(model: Any, config: LearnerConfig, seed: int, name: str) -> An
     """A PeftModel around `model`: fp32 LoRA on all linear layers but the head, drawn by name from `seed`."""
     from peft import LoraConfig, get_peft_model
 
+    from espl_train.learner.lora import fuse
+
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):      # PEFT draws on the CPU; by default every GPU there is would be woken
         wrapped: Any = get_peft_model(model, lora)
     wrapped.peft_config["default"].base_model_name_or_path = name
     draw_adapter(wrapped, seed)
+    fuse(wrapped)
     return wrapped.eval()
 
 
@@ -293,6 +297,15 @@ def _give_own_weights(plain: nn.Module, adapted: nn.Module) -> list[tuple[Any, n
             plain.get_submodule(name).weight = own
             pairs.append((layer, own))
     return pairs
+
+
+def _cast_once(adapted: nn.Module) -> None:
+    """Keep the adapter of a copy in the dtype that it computes in: nothing is cast at every token."""
+    from espl_train.learner.lora import AdaptedLinear
+
+    for layer in (m for m in adapted.modules() if isinstance(m, AdaptedLinear)):
+        for weights in (layer.lora_A, layer.lora_B):
+            weights.to(layer.get_base_layer().weight.dtype)
 
 
 def _copy_into(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
