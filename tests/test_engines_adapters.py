@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from espl_train import disk
 from espl_train.engines import adapters
 from espl_train.engines.adapters import LOCK, PREFIX, AdapterStore
 
@@ -56,8 +57,8 @@ def test_a_reader_never_sees_half_an_adapter(tmp_path: Path) -> None:
 
 def test_files_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    rename, sync = Path.rename, adapters._sync
-    monkeypatch.setattr(adapters, "_sync", lambda path: (events.append(path.name), sync(path))[1])
+    rename, sync = Path.rename, disk.sync
+    monkeypatch.setattr(disk, "sync", lambda path: (events.append(path.name), sync(path))[1])
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to))[1])
     store = AdapterStore(tmp_path)
     store.publish(0, write)

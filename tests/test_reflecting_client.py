@@ -12,6 +12,7 @@ import pytest
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
+from espl_train import disk
 from espl_train.evolution.reflection import Declined, purpose
 from espl_train.evolution.rejections import Reason
 from espl_train.reflecting import cache as recorded
@@ -307,11 +308,11 @@ def test_a_reply_that_cannot_be_recorded_is_booked_and_ends_the_run(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Cache, "keep", full)
+    monkeypatch.setattr(disk, "put", full)
     asking = client(Answers(paid=True), run=tmp_path, folder=tmp_path / "replies")
     assert asked(asking, 1) == ["reply 1"]
     assert [row["calls"] for row in read_lines(tmp_path / SPENDING)] == [1]
-    with pytest.raises(EsplError, match=r"cannot be recorded in .*replies \(reflection.cache\): No space left"):
+    with pytest.raises(EsplError, match=r"recorded \(reflection.cache\): .*replies.* cannot be written: No space left"):
         asking.end()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from espl_envs.core.errors import EsplError
+from espl_train import disk
 from espl_train.config import EvolutionConfig, RatingConfig
 from espl_train.evolution.guards.quarantine import ancestry
 from espl_train.evolution.population import Population
@@ -128,8 +129,9 @@ def test_of_many_who_decide_at_once_one_has_decided(run: Path) -> None:
     threads = [threading.Thread(target=decide, args=(n,)) for n in range(8)]
     [t.start() for t in threads], [t.join() for t in threads]
     decision = Desk(run).decision(one)
-    assert len(outcomes) == 1 and decision is not None and decision.when == outcomes[0]
-    assert not list((run / "review").glob(".deciding-*"))
+    assert len(outcomes) == 1
+    assert isinstance(decision, Decision) and decision.when == outcomes[0]
+    assert not list((run / "review").glob(f"{disk.WRITING}*"))
 
 
 def test_a_resume_waits_for_the_same_children_and_forgets_those_of_steps_that_are_done_again(run: Path) -> None:
@@ -229,14 +231,46 @@ def test_a_child_is_as_old_as_what_it_was_written_from(run: Path) -> None:
     assert born.born == 4 and ancestry(born.id, people.lineage) == [4, 0]
 
 
-@pytest.mark.parametrize("damage", ['verdict = "acept"\nwhen = ""\nwhy = ""\nprinciples = []', "verdict", ""])
-def test_a_damaged_decision_decides_nothing(damage: str, run: Path) -> None:
+GOOD = 'when = ""\nwhy = ""\n'
+TWICE = '[[principles]]\nid = "G1"\ntext = "a"\n'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        f'verdict = "acept"\n{GOOD}principles = []', "verdict", "", b"\xff\xfe",
+        f'verdict = ["accept"]\n{GOOD}principles = []',
+        f'verdict = "accept"\n{GOOD}principles = 3', 'verdict = "accept"\nwhen = ""\nwhy = 5\nprinciples = []',
+        f'verdict = "accept"\n{GOOD}{TWICE}{TWICE}', None,
+    ],
+)  # fmt: skip
+def test_a_damaged_decision_decides_nothing_and_the_child_goes_on_waiting(
+    damage: str | bytes | None, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     people, queue = population(), Queue(run, "")
-    (one,) = put(queue, people, child("Check units."))
-    (run / "review" / f"{one}.decision.toml").write_text(damage)
-    with pytest.raises(EsplError, match=r"is no decision .*: remove it, and decide again"):
-        admit(queue, people)
-    assert len(people) == 1 and len(queue) == 1
+    one, other = put(queue, people, child("Check units."), child("Guess."))
+    path = run / "review" / f"{one}.decision.toml"
+    if damage is None:
+        path.mkdir()
+    else:
+        path.write_bytes(damage.encode() if isinstance(damage, str) else damage)
+    review(run, "accept", other)
+    born, events = queue.admit(2, people, fine)
+    assert [prompt.texts for prompt in born] == [("Guess.",)] and len(queue) == 1       # it stops nobody else
+    assert [e["outcome"] for e in events] == ["undecided", "accepted"] and str(path) in events[0]["detail"]
+    assert queue.admit(3, people, fine) == ((), [])                                     # said once
+    review(run)
+    assert "is no decision" in (said := capsys.readouterr().out) and "1 waiting, 1 decided" in said
+    review(run, "accept", one)
+    assert path.with_name(f"{path.name}.damaged").exists()
+    assert admit(queue, people, step=4) == (["Check units."], ["accepted"])
+
+
+def test_a_sheet_that_is_not_there_is_a_sentence(run: Path, tmp_path: Path) -> None:
+    (one,) = put(Queue(run, ""), population(), child("Check units."))
+    for name in ("absent.txt", "."):
+        with pytest.raises(EsplError, match="cannot be read, so nothing is decided"):
+            review(run, "edit", one, "--file", str(tmp_path / name))
 
 
 def test_evidence_names_problems_with_mixed_outcomes_only() -> None:

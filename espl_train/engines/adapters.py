@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from espl_train import disk
+
 PREFIX = "espl-adapters-"
 MEMORY = Path("/dev/shm")
 LOCK = "lock"
@@ -53,10 +55,9 @@ class AdapterStore:
         try:
             aside.mkdir()
             save(aside)
-            for path in (*aside.rglob("*"), aside):
-                _sync(path)
+            disk.sync_all(aside)
             aside.rename(final)
-            _sync(self.folder)
+            disk.sync(self.folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -116,11 +117,3 @@ def _locked(folder: Path, create: int = 0) -> int:
 def _remove(folder: Path, lock: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

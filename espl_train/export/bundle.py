@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from espl_envs.core.errors import EsplError
+from espl_train import disk
 from espl_train.export import markdown
 from espl_train.export.document import document
 from espl_train.export.request import ADAPTER, MODEL, REQUEST, commands, request
-from espl_train.runs import checkpoint
 from espl_train.snapshot import Snapshot
 
 PROMPT, PAGE, ENVS = "prompt.json", "prompt.md", "envs"
@@ -51,9 +51,9 @@ def write_prompts(run: Snapshot, folder: Path, which: str, weights: str) -> None
         name = f"{island}/{prompt.id}" if island else prompt.id
         record = document(run, prompt, island, asked)
         text = markdown.page(record, tuple(commands(run, name, place if run.trained else None)))
-        checkpoint.write_atomically(target / PAGE, text.encode("utf-8", "backslashreplace"))
-        checkpoint.write_atomically(target / PROMPT, _json(record))
-        checkpoint.write_atomically(target / REQUEST, _json(request(run, prompt, island)))
+        disk.write(target / PAGE, text.encode("utf-8", "backslashreplace"))
+        disk.write(target / PROMPT, _json(record))
+        disk.write(target / REQUEST, _json(request(run, prompt, island)))
 
 
 def refuse_foreign(out: Path) -> None:

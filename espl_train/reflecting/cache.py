@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
+from espl_train import disk
 from espl_train.reflecting.source import Failure, Said
 
 FORMAT = 1
@@ -63,21 +62,14 @@ class Cache:
         return None
 
     def keep(self, key: str, asked: Mapping[str, Any], said: Said | Failure) -> None:
-        """Write down what came of a call; `asked` is what the key was made of. Of two writers at once one is kept."""
+        """Write down what came of a call; `asked` is what the key was made of. Of two writers at once one is kept.
+        Raises DiskError."""
         path = self._path(key)
-        path.parent.mkdir(exist_ok=True)
+        with disk.explained(path.parent):
+            path.parent.mkdir(exist_ok=True)
         kind = "reply" if isinstance(said, Said) else "failure"
         record = {"format": FORMAT, "key": key, "asked": asked, kind: asdict(said)}
-        handle, aside = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_canonical(record, indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(aside).replace(path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        disk.write(path, _canonical(record, indent=1))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -17,6 +17,7 @@ from espl_envs.core import background
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
 from espl_train.config import Config
+from espl_train.disk import DiskError
 from espl_train.evolution.reflection import PURPOSE, Declined
 from espl_train.evolution.rejections import Reason, Rejection, excerpt
 from espl_train.reflecting.cache import Cache, NotRecorded, question
@@ -161,9 +162,8 @@ class Client:
         said = await self._asked(messages, seed)
         try:
             await asyncio.to_thread(self._cache.keep, key, asked, said)
-        except OSError as problem:      # the reply is there and has to be booked; its record will always be missing
-            folder = self._cache.folder
-            self._fatal = EsplError(f"replies cannot be recorded in {folder} (reflection.cache): {problem.strerror}")
+        except DiskError as problem:    # the reply is there and has to be booked; its record will always be missing
+            self._fatal = EsplError(f"a reply cannot be recorded (reflection.cache): {problem}")
         return said, False
 
     async def _asked(self, messages: Sequence[Message], seed: int) -> Said | Failure:

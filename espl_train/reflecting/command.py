@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from espl_envs.core.errors import EsplError
-from espl_train.reflecting.review import WAITING, Candidate, Decision, Desk
+from espl_train.reflecting.review import WAITING, Candidate, Damaged, Decision, Desk
 from espl_train.runs.console import clean
 from espl_train.runs.directory import read_config
 from espl_train.settings.subcommands import Parser
@@ -76,7 +76,7 @@ def _decide(
     if action == "accept":
         texts = tuple((p.id, p.text) for p in candidate.child.principles)
     elif action == "edit":
-        text = file.read_text("utf-8") if file else _in_editor(_sheet(candidate))
+        text = _given(file) if file else _in_editor(_sheet(candidate))
         texts = tuple(_read(text, most_words))
         candidate.edited(texts)
     when = datetime.now(UTC).isoformat(timespec="seconds")
@@ -97,6 +97,13 @@ def _read(text: str, most_words: int) -> Iterator[tuple[str, str]]:
         if not 0 < len(said.split()) <= most_words:
             raise EsplError(f"{line[:60]!r} has {len(said.split())} words, evolution.max_words is {most_words}")
         yield name, said
+
+
+def _given(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise EsplError(f"--file {file} cannot be read, so nothing is decided: {problem}") from None
 
 
 def _in_editor(text: str) -> str:
@@ -141,11 +148,14 @@ def _shown(candidate: Candidate, desk: Desk, whole: bool) -> str:
 def _standing(candidate: Candidate, desk: Desk) -> str:
     """Waiting, decided and not yet taken up, or what became of it."""
     decision = desk.decision(candidate.id) if candidate.state == WAITING else None
+    if isinstance(decision, Damaged):
+        return f"{candidate.state}; {decision}: decide again"
     return f"{decision.verdict}ed, taken up at the next iteration" if decision else candidate.state
 
 
 def _count(found: Sequence[Candidate], desk: Desk) -> str:
-    counts = Counter("decided" if c.state != WAITING or desk.decision(c.id) else WAITING for c in found)
+    decided = (c.state != WAITING or isinstance(desk.decision(c.id), Decision) for c in found)
+    counts = Counter("decided" if done else WAITING for done in decided)
     return f"{counts[WAITING]} waiting, {counts['decided']} decided"
 
 

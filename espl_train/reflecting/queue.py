@@ -16,7 +16,7 @@ from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, SystemPrompt
 from espl_train.evolution.rejections import Reason, Rejection
 from espl_train.records import Group
-from espl_train.reflecting.review import WAITING, Candidate, Desk
+from espl_train.reflecting.review import WAITING, Candidate, Damaged, Desk
 
 Event = dict[str, Any]
 Evidence = Callable[[str], Sequence[str]]       # of the batch, for a prompt
@@ -40,6 +40,7 @@ class Queue:
         self._desk, self._island = Desk(run), island
         self._waiting: dict[str, Candidate] = {}
         self._refused: set[frozenset[str]] = set()         # what a person has said no to: it need not come again
+        self._told: set[Damaged] = set()                   # decisions that cannot be read, and of which it was said
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -71,7 +72,7 @@ class Queue:
         A child is as old as the evidence that it was written from. Those that would push each other out of a small
         population come in at the next steps."""
         born: list[SystemPrompt] = []
-        events = []
+        events = list(self._damaged(step))
         for verdict in list(self.decided()):
             if len(born) == population.room:
                 break
@@ -90,10 +91,11 @@ class Queue:
         return tuple(born), events
 
     def decided(self) -> Iterator[Verdict]:
-        """What a person has decided since, in the order of birth. Each is to be settled."""
+        """What a person has decided since, in the order of birth. Each is to be settled. A child whose decision cannot
+        be read goes on waiting."""
         for candidate in list(self._waiting.values()):
             decision = self._desk.decision(candidate.id)
-            if decision is None:
+            if decision is None or isinstance(decision, Damaged):
                 continue
             if decision.verdict == "reject":
                 yield Verdict(candidate, Rejection(Reason.REVIEW, decision.why or "a person said no"))
@@ -101,6 +103,15 @@ class Queue:
             final = candidate.edited(decision.principles)
             edited = final.child.principles != candidate.child.principles
             yield Verdict(candidate, final.child if edited else candidate.child, edited)
+
+    def _damaged(self, step: int) -> Iterator[Event]:
+        """Decisions that cannot be read, each said once."""
+        for name in self._waiting:
+            found = self._desk.decision(name)
+            if isinstance(found, Damaged) and found not in self._told:
+                self._told.add(found)
+                detail = f"{found}, so the child goes on waiting: decide again with espl-train review"
+                yield {"event": "review", "step": step, "id": name, "outcome": "undecided", "detail": detail}
 
     def settle(self, verdict: Verdict, became: str) -> None:
         """The child is off the queue; `became` is written on its file."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +17,9 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from espl_envs.core.errors import EsplError
+from espl_train import disk
 from espl_train.evolution.edits import last_id, tidy
 from espl_train.evolution.prompts import Child, Origin, Principle
-from espl_train.runs.checkpoint import write_atomically
 
 FOLDER, DECISION = "review", ".decision.toml"
 WAITING = "waiting"
@@ -102,6 +100,17 @@ class Decision:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A file that should hold a decision and holds none: nothing is decided, and somebody has to decide again."""
+
+    path: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.path} is no decision ({self.why})"
+
+
 class Desk:
     """The folder. Reading and deciding is safe beside a run that goes on."""
 
@@ -110,12 +119,13 @@ class Desk:
 
     def write(self, candidate: Candidate) -> None:
         """Put a child on the desk, or say what became of it."""
-        self.folder.mkdir(exist_ok=True)
+        with disk.explained(self.folder):
+            self.folder.mkdir(exist_ok=True)
         command = f"espl-train review {self.folder.parent} accept {candidate.id}"
         head = f"# {command}\n# (or: reject, edit, show; this file is only read)\n\n"
         shown = {"id": candidate.id, "state": candidate.state, "changes": "\n".join(["", *candidate.changes, ""])}
         text = head + tomli_w.dumps({**shown, **candidate.to_json()}, multiline_strings=True)
-        write_atomically(self._file(candidate.id), text.encode("utf-8", "replace"))
+        disk.write(self._file(candidate.id), text.encode("utf-8", "replace"))
 
     def remove(self, name: str) -> None:
         """Take a child off the desk."""
@@ -131,39 +141,48 @@ class Desk:
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 continue
 
-    def decision(self, name: str) -> Decision | None:
-        """What was decided about a child, None while nothing was. Raises EsplError where the file is damaged."""
+    def decision(self, name: str) -> Decision | Damaged | None:
+        """What was decided about a child, None while nothing was."""
         path = self._file(name, DECISION)
         try:
             raw = tomllib.loads(path.read_text("utf-8"))
-            principles = tuple((str(p["id"]), str(p["text"])) for p in raw["principles"])
+            principles = tuple((_text(p["id"]), _text(p["text"])) for p in raw["principles"])
             if raw["verdict"] not in get_args(Verdict):
                 raise ValueError(f"its verdict is {raw['verdict']!r}")
-            return Decision(raw["verdict"], principles, raw["when"], raw["why"])
+            if len({p for p, _ in principles if p}) < sum(1 for p, _ in principles if p):
+                raise ValueError("an id stands twice")
+            return Decision(raw["verdict"], principles, _text(raw["when"]), _text(raw["why"]))
         except FileNotFoundError:
             return None
-        except (ValueError, LookupError, TypeError) as problem:
-            raise EsplError(f"{path} is no decision ({problem}): remove it, and decide again") from None
+        except KeyError as missing:
+            return Damaged(path, f"it has no {missing.args[0]}")
+        except OSError as problem:
+            return Damaged(path, problem.strerror or str(problem))
+        except (ValueError, TypeError) as problem:
+            return Damaged(path, str(problem))
 
     def decide(self, name: str, decision: Decision) -> None:
-        """Write a decision down. Raises EsplError where there is one already: whoever comes first has decided."""
+        """Write a decision down; a damaged one makes room for it and stays beside it. Raises EsplError where there is
+        one already: whoever comes first has decided."""
         principles = [{"id": p, "text": text} for p, text in decision.principles]
         raw = tomli_w.dumps({**asdict(decision), "principles": principles})
-        handle, aside = tempfile.mkstemp(prefix=".deciding-", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw.encode("utf-8", "replace"))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(self._file(name, DECISION)).hardlink_to(aside)
-        except FileExistsError:
+        if isinstance(known := self.decision(name), Damaged):
+            with disk.explained(known.path):
+                known.path.replace(known.path.with_name(f"{known.path.name}.damaged"))
+        if not disk.write_once(self._file(name, DECISION), raw.encode("utf-8", "replace")):
             known = self.decision(name)
-            raise EsplError(f"{name} is decided already: {known.verdict if known else 'see its file'}") from None
-        finally:
-            Path(aside).unlink(missing_ok=True)
+            raise EsplError(
+                f"{name} is decided already: {known.verdict if isinstance(known, Decision) else 'see its file'}"
+            )
 
     def _file(self, name: str, ending: str = ".toml") -> Path:
         return self.folder / f"{name}{ending}"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} stands where a text belongs")
+    return value
 
 
 def _principles(rows: Sequence[Mapping[str, str]]) -> tuple[Principle, ...]:

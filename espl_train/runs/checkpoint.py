@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -18,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from espl_envs.core.errors import EsplError
+from espl_train import disk
+from espl_train.disk import WRITING
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 5
 NAME = re.compile(r"step-(\d{6,})")
-WRITING, REPLACED = ".writing-", ".replaced-"
+REPLACED = ".replaced-"
 
 
 class CheckpointError(EsplError):
@@ -45,7 +46,13 @@ def save(folder: Path, step: int, payloads: Mapping[str, Any], keep: int) -> Pat
     """Write the checkpoint of `step` and keep the newest `keep`. On return it is on disk; before, the last one is.
 
     `payloads` maps names (letters, digits, `_`, `-`) to JSON-able data, dicts of tensors, or trees that hold tensors.
+    Raises DiskError.
     """
+    with disk.explained(folder):
+        return _save(folder, step, payloads, keep)
+
+
+def _save(folder: Path, step: int, payloads: Mapping[str, Any], keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
     target = folder / f"step-{step:06d}"
@@ -56,12 +63,12 @@ def save(folder: Path, step: int, payloads: Mapping[str, Any], keep: int) -> Pat
         path = _write_payload(aside, name, payload)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, "step": step, "files": files}
-    _write(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
-    sync(aside)
+    disk.put(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
+    disk.sync(aside)
     if target.exists():
         target.rename(folder / f"{REPLACED}{target.name}")
     aside.replace(target)
-    sync(folder)
+    disk.sync(folder)
     recover(folder)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old:06d}")
@@ -138,34 +145,12 @@ def recover(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def sync(path: Path) -> None:
-    """Force a file or a directory to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a single file: readers see the old content or the new one, never a part."""
-    aside = path.with_name(f"{WRITING}{path.name}")
-    _write(aside, data)
-    aside.replace(path)
-    sync(path.parent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    sync(path)
-
-
 def _write_payload(folder: Path, name: str, payload: Any) -> Path:
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"payload name {name!r}: letters, digits, _ and - only")
     if not _has_tensors(payload, name):
         path = folder / f"{name}.json"
-        _write(path, json.dumps(payload).encode())      # in ASCII: half a surrogate pair comes back as it was
+        disk.put(path, json.dumps(payload).encode())      # in ASCII: half a surrogate pair comes back as it was
         return path
     import torch
 
@@ -177,7 +162,7 @@ def _write_payload(folder: Path, name: str, payload: Any) -> Path:
     else:
         path = folder / f"{name}.pt"
         torch.save(payload, path)
-    sync(path)
+    disk.sync(path)
     return path
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from espl_envs.core.errors import EsplError
+from espl_train import disk
 from espl_train.config import Config
 from espl_train.runs import checkpoint
 from espl_train.runs.metrics import RunLog, TensorBoard, plain
@@ -71,7 +72,7 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"The run directory {path} cannot be made: {error.strerror}.") from None
         lock = _acquire(path)
-        checkpoint.write_atomically(path / CONFIG, _header(config).encode() + to_toml(config).encode())
+        disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
         run = cls(path, config, lock, warn)
         run._fresh = True
         return run
@@ -85,7 +86,7 @@ class RunDirectory:
         config = continued(path, stored, overrides or {})
         lock = _acquire(path)
         if config != stored:
-            checkpoint.write_atomically(path / CONFIG, _header(config).encode() + to_toml(config).encode())
+            disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
         return cls(path, config, lock, warn)
 
     @property
@@ -151,7 +152,7 @@ class RunDirectory:
         holds its own copy."""
         text = json.dumps(plain(state), ensure_ascii=False, indent=1)
         path = self.population / f"{name or 'population'}.json"
-        checkpoint.write_atomically(path, text.encode("utf-8", "surrogatepass"))
+        disk.write(path, text.encode("utf-8", "surrogatepass"))
 
     def write_text(self, name: str, text: str) -> Path:
         """A small file of the run (`best_prompt.txt`, `crash.txt`)."""

@@ -14,7 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from espl_envs.core.errors import EsplError
+from espl_train.disk import explained
 from espl_train.runs.checkpoint import to_stderr
+
+BLOCK = 1 << 16
 
 
 class Sink(Protocol):
@@ -45,22 +49,25 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab")
+        _cut_torn(path)
+        self._file = path.open("ab", buffering=0)       # nothing is left to be written when a full disk ends the run
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record. Raises DiskError; what was written of it then is no line."""
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
-        self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-        self._file.flush()
+        left = line.encode("utf-8", "surrogatepass") + b"\n"
+        with explained(self.path):
+            while left:
+                left = left[self._file.write(left) :]
 
     def size(self) -> int:
         """Bytes so far, after they are safe on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with explained(self.path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def truncate(self, size: int) -> None:
         """Go back to an earlier length. A file that is already shorter stays as it is."""
-        self._file.flush()
         if self.path.stat().st_size > size:
             os.truncate(self.path, size)
         self._file.seek(0, os.SEEK_END)
@@ -70,13 +77,39 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file; an unfinished last line (a process died while writing) is left out."""
+    """The records of a JSONL file; an unfinished last line (a process died while writing) is left out. Raises EsplError
+    for a line that is no record."""
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise EsplError(f"{path} is damaged: line {number} is no record; restore the file, or take it out")
+            yield record
+
+
+def _cut_torn(path: Path) -> None:
+    """Take an unfinished last line away: the next one would be glued to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = end
+        while whole:
+            start = max(whole - BLOCK, 0)
+            file.seek(start)
+            if (found := file.read(whole - start).rfind(b"\n")) >= 0:
+                whole = start + found + 1
+                break
+            whole = start
+        if whole < end:
+            file.truncate(whole)
 
 
 class TensorBoard:

@@ -30,8 +30,11 @@ class Opening:
 
 
 def openings(run: Path) -> tuple[Opening, ...]:
-    """All looks so far, the first one first."""
-    return tuple(Opening(int(row["step"]), str(row["by"])) for row in read_lines(run / FILE))
+    """All looks so far, the first one first. Raises EsplError where the record is damaged."""
+    try:
+        return tuple(Opening(int(row["step"]), str(row["by"])) for row in read_lines(run / FILE))
+    except (KeyError, TypeError, ValueError):
+        raise EsplError(f"{run / FILE} is damaged: it says who has opened the test split, so restore it") from None
 
 
 def open_seal(run: Path, opening: Opening) -> tuple[Opening, ...]:

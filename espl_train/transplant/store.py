@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from espl_envs.core.errors import EsplError
+from espl_train import disk
 from espl_train.records import Rollout
-from espl_train.runs import checkpoint
 from espl_train.transplant.plan import Plan
 
 PLAN, CELLS = "plan.json", "cells"
@@ -68,11 +68,11 @@ class Store:
 
     def keep(self, cell: Cell) -> None:
         """Write a cell down."""
-        checkpoint.write_atomically(self._file(cell.weights, cell.prompt), _json(asdict(cell)))
+        disk.write(self._file(cell.weights, cell.prompt), _json(asdict(cell)))
 
     def write(self, name: str, value: Any) -> Path:
         """A file of JSON."""
-        checkpoint.write_atomically(self.path / name, _json(value))
+        disk.write(self.path / name, _json(value))
         return self.path / name
 
     def there(self) -> int:
