@@ -84,6 +84,26 @@ def test_without_control_groups_fewer_properties_are_claimed_and_the_box_still_r
     assert result.status == "nonzero" and "BlockingIOError" in result.stderr
 
 
+def test_memory_that_a_starved_call_left_in_segments_is_given_back(bubblewrap_provider: Bubblewrap) -> None:
+    if "memory" not in bubblewrap_provider.claims:
+        pytest.skip("memory is not limited by a control group here")
+    segment = "import ctypes; libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p\n" \
+        "def segment(mib):\n" \
+        "    number = libc.shmget(0, mib << 20, 0o1600)\n" \
+        "    ctypes.memset(libc.shmat(number, None, 0), 1, mib << 20)\n"
+    left = "[line.split()[6] for line in open('/proc/sysvipc/shm').read().splitlines()[1:]]"     # how many hold each
+
+    async def use(box: Sandbox) -> None:
+        assert (await box.exec(["python3", "-c", segment + "segment(1)"])).status == "ok"
+        assert (await box.python(segment + f"segment(1)\n{left}")).value == "['0', '1']"        # they outlive a call …
+        greedy = "for _ in range(64): segment(16)"
+        assert (await box.exec(["python3", "-c", segment + greedy])).status == "out_of_memory"
+        assert (await box.python(left)).value == "['1']"                 # … but for one that ate all there was
+        assert (await box.shell("echo fine")).stdout == "fine\n"
+
+    with_box(bubblewrap_provider, use, memory_mb=128)
+
+
 def test_one_warning_says_what_is_not_protected(bubblewrap_provider: Bubblewrap) -> None:
     assert bubblewrap_provider
     provider = Bubblewrap()

@@ -75,6 +75,7 @@ class Job:
     def _report(self, status: str, code: int | None, cpu: float, peak_kib: int, value: bytes | None) -> Result:
         if status != "ok" and self.box.cgroup.killed():
             status = "out_of_memory"
+            self.box.release_memory()
         out, err = self.out.content(), self.err.content()
         header = {
             "status": self.ending or status, "exit_code": code if self.ending is None else None,
