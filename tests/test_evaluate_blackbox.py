@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ BAD: list[tuple[str, str, Outcome, str]] = [
     ("hangs", "import time; time.sleep(60)", Outcome.AGENT_ERROR, "did not come to an end within 0.5 s"),
     ("silent", "pass", Outcome.NO_ANSWER, ""),
     ("endless", "sys.stdout.write('x' * 10_000_000); print('\\\\boxed{50}')", Outcome.ANSWERED, ""),
-    ("large file", "open(task['answer_file'], 'w').write('x' * 10_000_000)", Outcome.AGENT_ERROR, "more than 2,000"),
+    ("large file", "open(task['answer_file'], 'w').write('x' * 10_000_000)", Outcome.AGENT_ERROR, "an answer file of 10,000,0"),
     ("no text", "sys.stdout.buffer.write(b'\\xff\\xfe \\\\boxed{50}')", Outcome.ANSWERED, ""),
     ("no file", "os.mkdir(task['answer_file'])", Outcome.NO_ANSWER, ""),
 ]
@@ -196,7 +197,9 @@ def test_the_mutant_that_kills_the_program_alone_is_found(tmp_path: Path, monkey
 
 def test_the_reference_answer_is_not_told(tmp_path: Path) -> None:
     [episode] = run(tmp_path, f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps([task, dict(os.environ)]))")
-    assert episode.reference == "50" and "50" not in (tmp_path / "seen").read_text().replace(str(tmp_path), "")
+    task, environment = json.loads((tmp_path / "seen").read_text())
+    given = [task, {name: value for name, value in environment.items() if os.environ.get(name) != value}]
+    assert episode.reference == "50" and not re.search(r"\b50\b", json.dumps(given).replace(str(tmp_path), ""))
 
 
 def test_a_partner_that_asks_on_runs_the_program_again(tmp_path: Path) -> None:

@@ -119,10 +119,12 @@ class _Connection:
             future.set_result(outcome)
 
     def _lost(self) -> None:
-        """The server's output ended: nobody waits for ever."""
+        """The server's output ended: nobody waits for ever, and nothing of it stays open."""
         with self._lock:
             self.alive = False
             left, self._waiting = self._waiting, {}
+        with self.process:
+            self.process.kill()
         for future in left.values():
             future.set_exception(EnvironmentFault("the grading server ended while it was grading"))
         if not self._hello.done():

@@ -176,7 +176,7 @@ def _made(game: str) -> Any:
         raise _needs_words(game) from missing
     except Exception as problem:
         raise EsplError(f"TextArena cannot make {game}: {type(problem).__name__}: {problem}") from problem
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():      # in one go: others import meanwhile
         if name.startswith("textarena.envs."):
             vars(module)["print"] = _say_nothing  # some games print while they are drawn
     return made
