@@ -148,7 +148,7 @@ def test_whatever_an_agent_does_is_its_own_episode(module: Any, tmp_path: Path) 
     said = [str(episode.error) for episode in failed]
     assert said[0] == "the agent raised ValueError: no (mine.py, line 8)"
     assert said[1] == "the agent returned None, expected a text or an assistant Message"
-    assert said[2] == "the agent returned 10,000,000 characters, at most 2,000,000 are played"
+    assert said[2] == "the reply is too long: 10,000,000 characters, and at most 2,000,000 characters are played"
     assert said[3] == "the agent gave no reply within 0.3 s"
     assert said[4] == "the agent raised SystemExit: 3 (mine.py, line 12)"
     assert said[5] == "the agent returned a value of int, expected a text or an assistant Message"

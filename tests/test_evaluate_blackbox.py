@@ -148,7 +148,7 @@ BAD: list[tuple[str, str, Outcome, str]] = [
     ("hangs", "import time; time.sleep(60)", Outcome.AGENT_ERROR, "did not come to an end within 0.5 s"),
     ("silent", "pass", Outcome.NO_ANSWER, ""),
     ("endless", "sys.stdout.write('x' * 10_000_000); print('\\\\boxed{50}')", Outcome.ANSWERED, ""),
-    ("large file", "open(task['answer_file'], 'w').write('x' * 10_000_000)", Outcome.AGENT_ERROR, "an answer file of 10,000,0"),
+    ("large file", "open(task['answer_file'], 'w').write('x' * 10_000_000)", Outcome.AGENT_ERROR, "file of 10,000,0"),
     ("no text", "sys.stdout.buffer.write(b'\\xff\\xfe \\\\boxed{50}')", Outcome.ANSWERED, ""),
     ("no file", "os.mkdir(task['answer_file'])", Outcome.NO_ANSWER, ""),
 ]

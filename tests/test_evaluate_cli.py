@@ -89,6 +89,7 @@ def test_results_are_looked_at_with_the_other_commands(capsys: pytest.CaptureFix
     (["--env", ADD, "--agent", "oracle", "--temperature", "1", "--out", "x"], "--temperature is for models behind"),
     (["--env", ADD, "--base-url", "http://localhost:9", "--out", "x"], "--base-url needs --model NAME"),
     (["--env", ADD, "--base-url", "http://127.0.0.1:9", "--model", "m", "--out", "x"], "Connection refused"),
+    (["--env", ADD, "--base-url", "localhost:9", "--model", "m", "--out", "x"], "mean http://localhost:9/v1?"),
     (["--env", ADD, "--agent", "oracle", "--limt", "3"], "unrecognized arguments: --limt 3; did you mean --limit?"),
     (["--env", ADD, "--agent", "oracle", "-k", "0"], "argument -k/--samples: '0' is not a positive whole number"),
     (["--env", ADD, "--agent", "oracle", "--price", "3"], "'3' is not IN,OUT"),
@@ -163,6 +164,15 @@ def test_a_server_is_evaluated_and_its_price_counted(capsys: pytest.CaptureFixtu
     assert sum(row["turns"][0]["cost"] for row in lines(Path("run"))) == pytest.approx(10 * (11 + 70) / 1e6)
     config = json.loads(Path("run/config.json").read_text())
     assert config["agent"]["settings"] == {"top_p": 0.5} and config["agent"]["base_url"] == server.url
+
+
+def test_the_address_of_the_route_is_cut_back_to_the_base_url(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda body, _: sum_in(body["messages"])) as server:
+        words = ["--env", ADD, "--base-url", f"{server.url}/chat/completions", "--model", MODEL, "--limit", "1"]
+        assert main([*words, "--out", "run"]) == 0
+    said = capsys.readouterr().err
+    assert said == f"espl-eval: note: --base-url is read as {server.url}; /chat/completions is added to it\n"
+    assert json.loads(Path("run/config.json").read_text())["agent"]["base_url"] == server.url
 
 
 def test_native_and_textual_tools_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:

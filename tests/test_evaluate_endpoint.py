@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ from espl_envs.core import background
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message, ToolCall
 from espl_envs.evaluate import endpoint, pace
+from espl_envs.evaluate.addresses import checked_url, note
 from espl_envs.evaluate.agents import AgentLost, ContextExceeded
 from espl_envs.evaluate.config import Prices
 from espl_envs.evaluate.credentials import HIDDEN, Secret
-from espl_envs.evaluate.endpoint import EndpointDoor, Limits, Sampling, checked_url
+from espl_envs.evaluate.endpoint import EndpointDoor, Limits, Sampling
 from espl_envs.evaluate.pace import Pace
 from espl_envs.evaluate.records import Outcome
 from espl_envs.evaluate.refusals import Asked, EndpointFault, Passing, explain
@@ -134,11 +136,12 @@ def test_a_reply_of_ten_megabytes_is_the_agents(tmp_path: Path, monkeypatch: pyt
 
     with serving(after_hello(answer)) as server:
         big, fine = play(tmp_path / "run", door(server), ADD, limit=2)
-        assert big.outcome is Outcome.AGENT_ERROR and "10,000,000 characters" in str(big.error)
+        assert big.outcome is Outcome.AGENT_ERROR and big.score == 0.0 and big.prompt_tokens == 11, "it was paid for"
+        assert big.error == "the reply is too long: 10,000,000 characters, and at most 2,000,000 characters are played"
         assert fine.score == 1.0 and (tmp_path / "run/episodes.jsonl").stat().st_size < 10_000
         monkeypatch.setattr(endpoint, "MAX_BODY", 1 << 20)
         [endless] = play(tmp_path / "again", door(server), ADD, limit=1)
-        assert endless.outcome is Outcome.AGENT_ERROR and "longer than 1 MB" in str(endless.error)
+        assert endless.outcome is Outcome.AGENT_ERROR and "too long: more than 1 MB" in str(endless.error)
 
 
 def test_a_key_that_is_revoked_ends_the_evaluation(tmp_path: Path) -> None:
@@ -338,6 +341,23 @@ def test_what_is_wrong_is_said_before_any_episode(answer: Any, key: str, said: s
     assert KEY not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_web_page_is_no_server_and_nobody_waits_for_it_to_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 3600.0)
+    page = web.Response(text="<!doctype html><h1>Welcome</h1>", content_type="text/html")
+    with serving(lambda *_: page) as server, pytest.raises(EsplError, match="a web page: is --base-url right"):
+        preflight(door(server))
+    assert len(server.requests) == 1
+
+
+def test_a_path_that_is_not_there_leads_to_the_one_that_may_be() -> None:
+    with serving(lambda *_: completion("Hi")) as server:
+        root = server.url.removesuffix("/v1")
+        with pytest.raises(EsplError, match=f"{root}/api/chat/completions is not there .HTTP 404.*as in {root}/api/v1"):
+            preflight(door(f"{root}/api"))
+        preflight(door(f"{server.url}/chat/completions"))
+        assert not server.requests[1:]
+
+
 def test_a_server_without_tools_is_told_apart() -> None:
     from toy import ToyEnv
 
@@ -361,10 +381,32 @@ def test_a_server_that_is_being_loaded_or_wants_other_words_is_waited_for(tmp_pa
     assert episode.score == 1.0 and server.requests[-1]["max_completion_tokens"] == 5
 
 
+@pytest.mark.parametrize("given, url, told", [
+    ("http://localhost:8000", "http://localhost:8000/v1", ""),
+    (" http://localhost:8000// ", "http://localhost:8000/v1", ""),
+    ("https://x.org/api/v2/", "https://x.org/api/v2", ""),
+    ("http://x:1//v1///", "http://x:1/v1", ""),
+    ("http://x/v1/chat/completions/", "http://x/v1", "read as http://x/v1; /chat/completions is added to it"),
+    ("http://x/chat/completions", "http://x", "read as http://x; /chat/completions is added to it"),
+    ("https://x/v1/models", "https://x/v1", "read as https://x/v1"),
+    ("https://x/models-of-mine", "https://x/models-of-mine", ""),
+])  # fmt: skip
+def test_a_base_url_is_read_as_it_is_meant(given: str, url: str, told: str) -> None:
+    assert checked_url(given) == url
+    assert told in note(given) and bool(note(given)) == bool(told)
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("localhost:8000", "http://localhost:8000/v1"), ("127.0.0.1/v1/", "http://127.0.0.1/v1"),
+    ("gpu7:8000/v1/chat/completions", "http://gpu7:8000/v1"), ("api.openai.com/v1", "https://api.openai.com/v1"),
+])  # fmt: skip
+def test_an_address_without_a_protocol_is_shown_with_one(given: str, meant: str) -> None:
+    with pytest.raises(EsplError, match=f"did you mean {re.escape(meant)}\\?$"):
+        checked_url(given)
+
+
 def test_urls_are_addresses() -> None:
-    assert checked_url("http://localhost:8000") == checked_url("http://localhost:8000/") == "http://localhost:8000/v1"
-    assert checked_url("https://x.org/api/v2/") == "https://x.org/api/v2"
-    for wrong in ("localhost:8000", "ftp://x", "", "http://", "http://[::1", "http://x:99999/v1", "http://.../v1"):
+    for wrong in ("ftp://x", "", "http://", "http://[::1", "http://x:99999/v1", "http://.../v1", "http:/x", "a b"):
         with pytest.raises(EsplError, match="expected a URL"):
             checked_url(wrong)
     for secret in (f"http://u:{KEY}@x/v1", f"http://x/v1?api-key={KEY}", f"http://x/#{KEY}"):

@@ -119,15 +119,23 @@ class Door(Protocol):
 
 def as_reply(said: object) -> Reply:
     """What an agent returned as a Reply: a text, an assistant Message (or its dict in OpenAI's shape), or a Reply.
-    Raises AgentFailed for anything else, and for a reply of more than MAX_REPLY characters."""
+    Raises AgentFailed for anything else, and for a reply of more than MAX_REPLY characters, whose calls are paid for.
+    """
     reply = said if isinstance(said, Reply) else Reply(_message(said))
     if not isinstance(reply.message, Message) or reply.message.role != "assistant":
         raise AgentFailed(f"the agent returned {_described(reply.message)}, {_EXPECTED}")
     size = len(reply.message.content) + sum(len(call.reasoning) for call in reply.calls)
     size += sum(len(call.id) + len(call.name) + len(call.arguments) for call in reply.message.tool_calls)
     if size > MAX_REPLY:
-        raise AgentFailed(f"the agent returned {size:,} characters, at most {MAX_REPLY:,} are played")
+        problem = too_long(f"{size:,} characters")
+        problem.calls = reply.calls
+        raise problem
     return reply
+
+
+def too_long(size: str) -> AgentFailed:
+    """What a reply of this size comes to, whatever door it came by."""
+    return AgentFailed(f"the reply is too long: {size}, and at most {MAX_REPLY:,} characters are played")
 
 
 def _message(said: object) -> Message:

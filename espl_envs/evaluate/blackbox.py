@@ -42,6 +42,7 @@ from espl_envs.evaluate.agents import (
     Seat,
     ToolSyntax,
     as_reply,
+    too_long,
 )
 from espl_envs.evaluate.config import AgentConfig
 from espl_envs.evaluate.credentials import VARIABLE
@@ -262,7 +263,6 @@ def _written(file: Path, printed: bytes) -> str:
         return printed.decode("utf-8", "replace").strip()
     with file.open("rb") as stream:
         found = stream.read(4 * MAX_REPLY + 1)
-    text = found.decode("utf-8", "replace").strip()
-    if len(found) > 4 * MAX_REPLY or len(text) > MAX_REPLY:
-        raise AgentFailed(f"the command wrote an answer of more than {MAX_REPLY:,} characters")
-    return text
+    if len(found) > 4 * MAX_REPLY:
+        raise too_long(f"an answer file of {file.stat().st_size:,} bytes")
+    return found.decode("utf-8", "replace").strip()

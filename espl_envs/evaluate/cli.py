@@ -28,7 +28,7 @@ import gymnasium.error
 
 from espl_envs.core import background, commandline
 from espl_envs.core.errors import EsplError, MissingExtra
-from espl_envs.evaluate import doors, options, plan
+from espl_envs.evaluate import addresses, doors, options, plan
 from espl_envs.evaluate.agents import Agent, Door
 from espl_envs.evaluate.config import EvalConfig
 from espl_envs.evaluate.credentials import Secret
@@ -106,6 +106,8 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
     if chosen.out is None:
         raise EsplError("name the run directory: --out DIR")
     out = chosen.out.absolute()
+    if chosen.base_url is not None and (note := addresses.note(chosen.base_url)):
+        _note(note)
     door = doors.choose(options.wanted(chosen))
     syntax = chosen.tool_syntax or door.tool_syntax
     given = options.env_arguments(chosen.env_args, chosen.env)
@@ -292,6 +294,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def _complain(text: str, code: int) -> int:
     return commandline.complain("espl-eval", visible(text), code)
+
+
+def _note(text: str) -> None:
+    print(f"espl-eval: note: {visible(text)}", file=sys.stderr)
 
 
 def _stopped(stop: KeyboardInterrupt, standing: str) -> int:

@@ -13,23 +13,22 @@ import difflib
 import json
 import os
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from espl_envs.core.errors import EsplError, MissingExtra
 from espl_envs.core.messages import Conversation, ToolSpec
 from espl_envs.core.randomness import derive
-from espl_envs.evaluate.agents import Act, AgentFailed, ContextExceeded, Reply, Seat, ToolSyntax, as_reply
+from espl_envs.evaluate.addresses import checked_url, proxy_for
+from espl_envs.evaluate.agents import Act, AgentFailed, ContextExceeded, Reply, Seat, ToolSyntax, as_reply, too_long
 from espl_envs.evaluate.config import AgentConfig, Prices
 from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.pace import FLOOR, Pace
 from espl_envs.evaluate.records import TurnUsage
-from espl_envs.evaluate.refusals import Asked, EndpointFault, Passing, explain
+from espl_envs.evaluate.refusals import Asked, EndpointFault, Passing, elsewhere, explain
 from espl_envs.evaluate.wire import Completion, Unreadable, from_wire, to_wire, tools_to_wire
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ CONNECT_S = 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 HELLO_TOKENS = 16
 PREFLIGHT_S = 60.0
-UNREACHABLE = "cannot reach"
+RUNNING = "is the server running, and --base-url right?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class EndpointDoor:
             connector=aiohttp.TCPConnector(limit=limits.concurrency, ttl_dns_cache=300, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=CONNECT_S),
             headers={"Content-Type": "application/json", **self.secret.header()},
-            proxy=_proxy(self.base_url),
+            proxy=proxy_for(self.base_url),
         ) as session:
             endpoint = Endpoint(self, session)
             await endpoint.preflight(tools)
@@ -252,8 +251,10 @@ class Endpoint:
                 raise explain(self._asked, status, {}, text)
             return from_wire(answer)
         except (ValueError, RecursionError) as problem:
-            what = problem if isinstance(problem, Unreadable) else "it is not JSON"
-            raise Passing(f"{self.door.base_url} answered what cannot be read: {what}") from None
+            page = text.lstrip().startswith("<")
+            what = problem if isinstance(problem, Unreadable) else "a web page" if page else "it is not JSON"
+            advice = f"is --base-url right? {elsewhere(self.door.base_url)}" if page else ""
+            raise Passing(f"{self.door.base_url} answered what cannot be read: {what}", advice=advice) from None
 
     async def _fetch(self, method: str, path: str, data: bytes | None = None) -> tuple[int, Mapping[str, str], str]:
         """Status, headers and body of one request, without the key. Raises Passing where there is no answer and
@@ -265,7 +266,7 @@ class Endpoint:
                     parts.append(part)
                     size += len(part)
                     if size > MAX_BODY:
-                        raise AgentFailed(f"the reply of {self.door.model} is longer than {MAX_BODY >> 20} MB")
+                        raise too_long(f"more than {MAX_BODY >> 20} MB")
                 text = b"".join(parts).decode("utf-8", "replace")
                 return response.status, response.headers, self.door.secret.hidden(text)
 
@@ -277,12 +278,12 @@ class Endpoint:
         try:
             yield
         except aiohttp.ConnectionTimeoutError:
-            raise Passing(f"{UNREACHABLE} {self.door.base_url}: it does not take connections") from None
+            raise Passing(f"cannot reach {self.door.base_url}: it does not take connections", advice=RUNNING) from None
         except TimeoutError:
             raise Passing(f"{self.door.base_url} gave no answer within {self.door.limits.request_s:g} s") from None
         except (aiohttp.ClientError, OSError) as problem:
             why = self.door.secret.hidden(_reason(problem))
-            raise Passing(f"{UNREACHABLE} {self.door.base_url}: {why}") from None
+            raise Passing(f"cannot reach {self.door.base_url}: {why}", advice=RUNNING) from None
 
     async def preflight(self, tools: Sequence[ToolSpec]) -> None:
         """One short call with the settings that episodes will use. Raises EsplError in one sentence."""
@@ -305,8 +306,8 @@ class Endpoint:
         try:
             await self._post(json.dumps({**body, self._limit_name: HELLO_TOKENS}).encode())
         except Passing as problem:
-            if str(problem).startswith(UNREACHABLE):
-                raise EsplError(f"{problem}: is the server running, and --base-url right?") from None
+            if problem.advice:
+                raise EsplError(f"{problem}: {problem.advice}") from None
             return problem
         except EndpointFault as fault:
             refused = fault.said if fault.status == 400 else ""
@@ -342,31 +343,6 @@ def _pause(state: tenacity.RetryCallState, seed: int) -> float:
     if asked is not None:
         return float(asked) + part
     return min(FIRST_PAUSE_S * 2.0 ** (state.attempt_number - 1), LONGEST_PAUSE_S) * (0.5 + part / 2)
-
-
-def checked_url(base_url: str) -> str:
-    """The URL without a slash at its end; `/v1` is added where there is no path, as every server has it. Raises
-    EsplError for what is no URL, and for one with credentials: keys belong into the environment."""
-    if any(mark in base_url for mark in "@?#"):
-        raise EsplError("--base-url holds more than an address: keys come from an environment variable (--api-key-env)")
-    expected = EsplError(f"--base-url is {base_url!r}, expected a URL such as http://localhost:8000/v1")
-    try:
-        parts = urlsplit(base_url)
-        _ = parts.port, (parts.hostname or "").encode("idna")
-    except ValueError:
-        raise expected from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise expected
-    return base_url.rstrip("/") if parts.path.strip("/") else f"{base_url.rstrip('/')}/v1"
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names (HTTP_PROXY, NO_PROXY …); never for this machine itself."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if host == "localhost" or host.startswith("127.") or host == "::1" or urllib.request.proxy_bypass(host):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _reason(problem: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.randomness import derive
-from espl_envs.evaluate.agents import AgentFailed, AgentLost, ContextExceeded, Seat
+from espl_envs.evaluate.agents import AgentFailed, AgentLost, ContextExceeded, Seat, too_long
 from espl_envs.evaluate.records import TurnUsage
 from espl_envs.evaluate.refusals import EndpointFault
 from espl_envs.evaluate.wire import Completion, Pieces, from_wire
@@ -233,7 +233,7 @@ async def _events(incoming: Any) -> AsyncIterator[bytes]:
     async for part in incoming.iter_any():
         buffer = (buffer + part).replace(b"\r\n", b"\n")
         if len(buffer) > MAX_REQUEST:
-            raise AgentFailed(f"the model streams an event of more than {MAX_REQUEST >> 20} MB")
+            raise too_long(f"a streamed event of more than {MAX_REQUEST >> 20} MB")
         *whole, buffer = buffer.split(b"\n\n")
         for event in whole:
             yield event + b"\n\n"

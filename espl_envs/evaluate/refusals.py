@@ -19,14 +19,16 @@ _CONTEXT = re.compile(
     r"maximum.{0,20}input.{0,20}tokens|too many tokens|exceeds? the (?:available )?context",
     re.IGNORECASE,
 )
+_NOWHERE = re.compile(r"(?:40[45][: ]*)?(?:page |url )?(?:not found|method not allowed)\.?", re.IGNORECASE)
 
 
 class Passing(Exception):
-    """The server could not answer now. `retry_after`: the seconds that it asks to wait, if it does."""
+    """The server could not answer now. `retry_after`: the seconds that it asks to wait, if it does. `advice`: what to
+    look at where it has never answered yet; without it, waiting is worth a try."""
 
-    def __init__(self, text: str, retry_after: float | None = None) -> None:
+    def __init__(self, text: str, retry_after: float | None = None, advice: str = "") -> None:
         super().__init__(text)
-        self.retry_after = retry_after
+        self.retry_after, self.advice = retry_after, advice
 
 
 class EndpointFault(AgentFault):
@@ -65,9 +67,14 @@ def explain(asked: Asked, status: int, headers: Mapping[str, str], text: str) ->
         return ContextExceeded(f"the conversation no longer fits into the context of {asked.model}{quoted}")
     if 300 <= status < 400:
         return EndpointFault(f"{url} sends elsewhere (HTTP {status}): give that address as --base-url", status, said)
-    if status == 404 and not said:
-        return EndpointFault(f"{url}/chat/completions is not there (HTTP 404): most servers have it under /v1", 404)
+    if status in (404, 405) and (not said or _NOWHERE.fullmatch(said)):
+        return EndpointFault(f"{url}/chat/completions is not there (HTTP {status}): {elsewhere(url)}", status)
     return EndpointFault(f"{url} refused a request for the model {asked.model!r} (HTTP {status}){quoted}", status, said)
+
+
+def elsewhere(url: str) -> str:
+    """Where a server that answers, but not as one does, may have what is looked for."""
+    return "look up its address" if url.endswith("/v1") else f"most servers have it under /v1, as in {url}/v1"
 
 
 def _message(text: str) -> tuple[str, str]:
