@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from espl_train.learner.forest import Forest
+from espl_train.transfer import upload
 
 FILLED = 0.8                 # of a bucket's scores, at least, are of real queries and keys …
 SMALL = 2**15                # … unless it has so few that calling the kernel once more costs as much
@@ -116,9 +117,9 @@ class Packed:
                     origin[places[common:]] = torch.arange(end, end + keys - common)
                     end += asked
                 offsets = torch.tensor([common for _, common, _ in members])
-                tables = [x.to(self.device) for x in (torch.cat(queries), torch.cat(paths), offsets)]
+                tables = [upload(x, self.device) for x in (torch.cat(queries), torch.cat(paths), offsets)]
                 self._buckets.append(Bucket(tables[0], tables[1], tables[2], (len(members), asked, seen)))
-            self._origin = origin.to(self.device)
+            self._origin = upload(origin, self.device)
         return self._buckets
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
@@ -129,8 +130,8 @@ class Packed:
             paths = [self.forest.places[i] for i in self._kept]
             keys = [len(path) for path in paths]
             asked = [n - self.forest.shared[i] for n, i in zip(keys, self._kept, strict=True)]
-            ends = [torch.tensor([0, *n]).cumsum(0).int().to(self.device) for n in (asked, keys)]
-            self._spans = torch.cat(paths).to(self.device), ends[0], ends[1], max(asked), max(keys)
+            ends = [upload(torch.tensor([0, *n]).cumsum(0).int(), self.device) for n in (asked, keys)]
+            self._spans = upload(torch.cat(paths), self.device), ends[0], ends[1], max(asked), max(keys)
         path, of_queries, of_keys, asked_most, seen_most = self._spans
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)     # [T, H, D]
         if len(path) > len(k):
@@ -195,7 +196,7 @@ def prove(causal: Any) -> str | None:
 
 def arguments(packed: Packed) -> dict[str, Any]:
     """What a decoder is called with to compute a packed row; the empty mask keeps it from making one of its own."""
-    ids, positions = (x.to(packed.device)[None] for x in (packed.forest.ids, packed.forest.positions))      # [1, T]
+    ids, positions = (upload(x, packed.device)[None] for x in (packed.forest.ids, packed.forest.positions))  # [1, T]
     nothing = torch.empty(1, 1, 0, 0, device=packed.device)
     return {"input_ids": ids, "position_ids": positions, "attention_mask": nothing, "packed": packed}
 

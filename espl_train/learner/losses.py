@@ -77,10 +77,10 @@ def gspo(x: LossInputs) -> LossOutputs:
 
 def over_sequence(values: Tensor, rows: Tensor, mean: bool = False) -> Tensor:
     """Sum (or mean) of `values` [K] over the tokens of each sequence, on each of its tokens. [K]"""
-    count = int(rows.max()) + 1
-    sums = values.new_zeros(count).index_add(0, rows, values)                                 # [B]
+    none = values.new_zeros(len(rows))       # [K]: how many sequences there are is not asked, a GPU would be waited for
+    sums = none.index_add(0, rows, values)
     if mean:
-        sums = sums / torch.bincount(rows, minlength=count).clamp(min=1)
+        sums = sums / none.index_add(0, rows, torch.ones_like(values)).clamp(min=1)
     return sums[rows]
 
 

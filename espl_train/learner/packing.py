@@ -19,6 +19,7 @@ from torch import Tensor
 from espl_train.learner.attention import Packed, arguments
 from espl_train.learner.forest import grow, heads, lexicographic
 from espl_train.learner.sequences import TrainingSequence
+from espl_train.transfer import upload
 
 OVERHEAD = 1.1       # time per token of a packed row over that of a padded one, where nothing is shared
 
@@ -43,11 +44,17 @@ class MicroBatch:
         return int(self.inputs["input_ids"].numel())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device."""
+        """The same on another device; nobody waits for it to arrive."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
-        moved["inputs"] = {name: value.to(device) for name, value in self.inputs.items()}
-        return MicroBatch(**moved)
+        return MicroBatch(**{name: _moved(value, device) for name, value in moved.items()})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(entry, device) for name, entry in value.items()}
+    if isinstance(value, Packed):
+        return value.to(device)
+    return upload(value, device) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, slots=True)

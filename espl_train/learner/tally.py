@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from espl_train.learner.corrections import Corrected
 from espl_train.learner.losses import LossInputs, LossOutputs, divergence
+
+EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +44,50 @@ class UpdateReport:
 
 @dataclass(slots=True)
 class Tally:
-    """Plain numbers over micro-batches: `sums` add up, `peaks` are maxima. Neither depends on how a batch was split."""
+    """Plain numbers over micro-batches: `sums` add up, `peaks` are maxima. Neither depends on how a batch was split.
+
+    What a device computes stays there until `read`: to ask for each number would stop the host every time.
+    """
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     peaks: dict[str, float] = field(default_factory=dict)
+    _unread: list[tuple[list[str], list[str], Tensor]] = field(default_factory=list)
 
     def add(self, inputs: LossInputs, outputs: LossOutputs, loss: Tensor, entropy: Tensor, sequences: int) -> None:
         """Count one micro-batch in."""
-        self.sums["loss"] += float(loss.detach())
-        self.sums["ratio"] += float(outputs.ratio.sum())
-        self.sums["clipped"] += float(outputs.clipped.sum())
-        self.sums["entropy"] += float(entropy.sum())
-        self.sums["behaviour_kl"] += float(divergence(inputs.behaviour, inputs.logp.detach()).sum())
         self.sums["tokens"] += len(inputs.logp)
         self.sums["sequences"] += sequences
-        self.peaks["ratio"] = max(self.peaks.get("ratio", 0.0), float(outputs.ratio.max()))
+        sums = {
+            "loss": loss.detach(), "ratio": outputs.ratio, "clipped": outputs.clipped, "entropy": entropy,
+            "behaviour_kl": divergence(inputs.behaviour, inputs.logp.detach()),
+        }
+        self.note(sums, {"ratio": outputs.ratio})
 
     def disagreement(self, inputs: LossInputs, corrected: Corrected) -> None:
         """Count in how far sampler and learner were apart, and what was done about it."""
         gap = (inputs.logp.detach() - inputs.behaviour).abs()
-        self.sums["mismatch"] += float(gap.sum())
-        self.sums["corrected"] += float(corrected.bounded.sum())
-        self.sums["weight"] += float(corrected.weights.sum())
-        self.sums["weight_squared"] += float(corrected.weights.square().sum())
-        self.peaks["mismatch"] = max(self.peaks.get("mismatch", 0.0), float(gap.max()))
+        sums = {
+            "mismatch": gap, "corrected": corrected.bounded, "weight": corrected.weights,
+            "weight_squared": corrected.weights.square(),
+        }
+        self.note(sums, {"mismatch": gap})
+
+    def note(self, sums: Mapping[str, Tensor], peaks: Mapping[str, Tensor] = EMPTY) -> None:
+        """Count in the sums and the maxima of tensors, all on one device; nobody waits for them."""
+        parts = [*(value.sum() for value in sums.values()), *(value.max() for value in peaks.values())]
+        wide = torch.promote_types(parts[0].dtype, torch.float32)
+        self._unread.append(([*sums], [*peaks], torch.stack([part.to(wide) for part in parts])))
+
+    def read(self) -> Tally:
+        """Itself, with all that was noted in `sums` and `peaks`."""
+        unread, self._unread = self._unread, []
+        values = iter(torch.cat([part for _, _, part in unread]).tolist() if unread else ())
+        for sums, peaks, _ in unread:
+            for name in sums:
+                self.sums[name] += next(values)
+            for name in peaks:
+                self.peaks[name] = max(self.peaks.get(name, 0.0), next(values))
+        return self
 
     def report(
         self, version: int, *, grad_norm: float, rate: float, seconds: float, notes: tuple[str, ...] = ()

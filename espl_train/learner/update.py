@@ -172,7 +172,7 @@ class Learner:
                 piece()
         size, sequences = max(self.ranks.exchange(failed))
         if not size:
-            return tally
+            return tally.read()
         self._forget_gradients()
         self._need_less(size, sequences, why)
         return None
@@ -235,7 +235,7 @@ class Learner:
 
     def _penalty(self, inputs: LossInputs, reference: Tensor, tally: Tally) -> Tensor:
         """What the distance to the base model costs."""
-        tally.sums["reference_kl"] += float(divergence(inputs.logp.detach(), reference).sum())
+        tally.note({"reference_kl": divergence(inputs.logp.detach(), reference)})
         distance = PENALTIES[self.config.kl_estimator](inputs, reference)        # [K]
         return self.config.kl * (inputs.weights * distance).sum()
 
