@@ -1,4 +1,4 @@
-"""The adapted linear layer as one product: W x + s · B (A x), by one autograd function instead of PEFT's six operations.
+"""The adapted linear layer as one product, W x + s · B (A x): one autograd function instead of PEFT's six operations.
 
 PEFT casts the layer's input to the adapter's fp32 and carries fp32 copies of input and output through forward and
 backward pass. Here the adapter is cast to the dtype of the base, as vLLM does it: on a bf16 base everything of the size
@@ -21,11 +21,12 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[…, in] to […, out], in the dtype of `x`."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if args or kwargs or self.disable_adapters or self.merged or base.weight.requires_grad:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
         if torch.is_grad_enabled():
             out: Tensor = _Adapted.apply(x, base.weight, base.bias, a, b, self.scaling[name])
             return out
@@ -62,9 +63,9 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
-        by_out = grad.flatten(0, -2)                                             # [T, out]
+        by_out = grad.reshape(-1, grad.shape[-1])                                # [T, out]
         by_low = by_out @ (b * ctx.scale).to(x.dtype)                            # [T, rank]
-        by_a = (by_low.T @ x.flatten(0, -2)).to(a.dtype)                         # [rank, in]
+        by_a = (by_low.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)               # [rank, in]
         by_b = (by_out.T @ low).to(b.dtype).mul_(ctx.scale)                      # [out, rank]
         by_x = None
         if ctx.needs_input_grad[0]:
@@ -76,7 +77,7 @@ def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output […, out] and A x [T, rank]: x [T or …, in], weight [out, in], a [rank, in], b [out, rank]."""
-    low = x.flatten(0, -2) @ a.to(x.dtype).T
+    low = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
     out = nn.functional.linear(x, weight, bias)
     out.view(-1, out.shape[-1]).addmm_(low, b.to(x.dtype).T, alpha=scale)
     return out, low

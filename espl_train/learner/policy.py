@@ -304,8 +304,9 @@ def _cast_once(adapted: nn.Module) -> None:
     from espl_train.learner.lora import AdaptedLinear
 
     for layer in (m for m in adapted.modules() if isinstance(m, AdaptedLinear)):
+        base: Any = layer.get_base_layer()
         for weights in (layer.lora_A, layer.lora_B):
-            weights.to(layer.get_base_layer().weight.dtype)
+            weights.to(base.weight.dtype)
 
 
 def _copy_into(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
