@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,58 @@ def test_what_was_played_is_kept_and_goes_on(
     assert run(tmp_path / "x", runs / "one", runs / "two") == 0 and len(stage.cells) == 18
     assert run(tmp_path / "x", runs / "one") == 2
     assert "holds another transplant (it differs in: weights, prompts)" in capsys.readouterr().err
+
+
+DAMAGE: list[tuple[Any, str]] = [
+    (b"", "is damaged (no JSON)"), (b"\xff", "is damaged (no JSON)"), (b"[1]", "is damaged (no object)"),
+    (b"{}", "is no cell of a transplant"), ({"prompt": "two"}, "is the cell of 'one' and 'two'"),
+    ({"rewards": {"0": "x"}}, "is no cell of a transplant"), ({"rewards": {"0": [math.nan]}}, "has a reward that is"),
+    ({"rewards": {}}, "has rewards of other problems than the plan"), (None, "cannot be read (Is a directory)"),
+]  # fmt: skip
+
+
+def test_a_damaged_cell_is_named_before_anything_is_played_and_can_be_played_again(
+    runs: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "x", runs / "one") == 0
+    whole, looks = (tmp_path / "x" / "matrix.json").read_bytes(), seal.openings(runs / "one")
+    cell = tmp_path / "x" / "cells" / "one--one.json"
+    data = json.loads(cell.read_text())
+    stage.cells.clear()
+    for damage, said in DAMAGE:
+        cell.unlink()
+        if damage is None:
+            cell.mkdir()
+        else:
+            cell.write_bytes(json.dumps({**data, **damage}).encode() if isinstance(damage, dict) else damage)
+        assert run(tmp_path / "x", runs / "one") == 2
+        err = capsys.readouterr().err
+        assert f"espl-train: {cell} {said}" in err and "delete it, and that cell is played again" in err
+    assert stage.cells == [] and seal.openings(runs / "one") == looks
+    cell.rmdir()
+    assert run(tmp_path / "x", runs / "one") == 0 and len(stage.cells) == 1
+    assert (tmp_path / "x" / "matrix.json").read_bytes() == whole
+
+
+def test_cells_without_a_readable_plan_are_nobodys(
+    runs: Path, tmp_path: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "x", runs / "one")
+    (tmp_path / "x" / "plan.json").write_bytes(b"{")
+    stage.cells.clear()
+    assert run(tmp_path / "x", runs / "one") == 2
+    assert f"delete the folder {tmp_path / 'x'}, and all of it is played again" in capsys.readouterr().err
+    for name in ("plan.json", "matrix.json"):
+        (tmp_path / "x" / name).unlink()
+    assert run(tmp_path / "x", runs / "one") == 2, "the cells may be of anything"
+    assert "is no transplant (it has no plan.json)" in capsys.readouterr().err and stage.cells == []
+
+
+@pytest.mark.usefixtures("stage")
+def test_a_start_that_was_killed_is_no_obstacle(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "x" / "cells").mkdir(parents=True)
+    (tmp_path / "x" / ".writing-0000-plan.json").write_text("{")
+    assert run(tmp_path / "x", runs / "one") == 0
 
 
 def test_every_look_at_a_test_split_is_counted_before_it_is_taken(

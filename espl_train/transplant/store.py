@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,10 @@ from espl_train.records import Rollout
 from espl_train.transplant.plan import Plan
 
 PLAN, CELLS = "plan.json", "cells"
+
+
+class Unreadable(Exception):
+    """A file does not hold what belongs there; the message goes on after its name."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +55,26 @@ class Store:
     """The directory of one plan."""
 
     def __init__(self, path: Path, plan: Plan) -> None:
-        """Opens or makes it. Raises EsplError where it holds another plan, or something else."""
+        """Opens or makes it. Raises EsplError where it holds another plan or something else, or a file is damaged."""
         self.path, self._plan = path, plan
         _refuse_foreign(path)
-        if (path / PLAN).is_file():
+        if (path / PLAN).exists():
             self._same()
-            return
-        try:
+        with disk.explained(path):
             (path / CELLS).mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise EsplError(f"{path} cannot be made: {problem.strerror}") from None
-        self.write(PLAN, plan.identity)
+        if not (path / PLAN).exists():
+            self.write(PLAN, plan.identity)
+        for row, column in plan.cells:
+            self.cell(row.name, column.name)
 
     def cell(self, weights: str, prompt: str) -> Cell | None:
-        """A cell that was played; None where it was not yet."""
-        return read_cell(self.path, weights, prompt) if self._file(weights, prompt).is_file() else None
+        """A cell that was played; None where it was not yet. Raises EsplError for one that is damaged."""
+        if not (file := self._file(weights, prompt)).exists():
+            return None
+        cell = read_cell(self.path, weights, prompt)
+        if cell.rewards.keys() != set(self._plan.indices):
+            raise _play_again(file, "has rewards of other problems than the plan")
+        return cell
 
     def keep(self, cell: Cell) -> None:
         """Write a cell down."""
@@ -77,7 +87,7 @@ class Store:
 
     def there(self) -> int:
         """How many cells have been played."""
-        return sum(self._file(weights.name, prompt.name).is_file() for weights, prompt in self._plan.cells)
+        return sum(self._file(weights.name, prompt.name).exists() for weights, prompt in self._plan.cells)
 
     def standing(self) -> str:
         """How much is there, in words."""
@@ -87,7 +97,14 @@ class Store:
         return _cell_file(self.path, weights, prompt)
 
     def _same(self) -> None:
-        stored, wanted = json.loads((self.path / PLAN).read_text("utf-8")), json.loads(_json(self._plan.identity))
+        wanted = json.loads(_json(self._plan.identity))
+        try:
+            stored = _read_object(self.path / PLAN)
+        except Unreadable as why:
+            raise EsplError(
+                f"{self.path / PLAN} {why}, so nobody knows what its cells are of: delete the folder {self.path}, and "
+                "all of it is played again, or choose another --out"
+            ) from None
         if changed := [key for key in wanted if stored.get(key) != wanted[key]]:
             raise EsplError(
                 f"{self.path} holds another transplant (it differs in: {', '.join(changed)}): choose another --out"
@@ -95,9 +112,42 @@ class Store:
 
 
 def read_cell(path: Path, weights: str, prompt: str) -> Cell:
-    """A cell of the transplant in `path`."""
-    data = json.loads(_cell_file(path, weights, prompt).read_text("utf-8"))
-    return Cell(**{**data, "rewards": {int(task): rewards for task, rewards in data["rewards"].items()}})
+    """A cell of the transplant in `path`. Raises EsplError where its file holds none."""
+    file = _cell_file(path, weights, prompt)
+    try:
+        return _cell(_read_object(file), weights, prompt)
+    except Unreadable as why:
+        raise _play_again(file, why) from None
+
+
+def _play_again(file: Path, why: object) -> EsplError:
+    return EsplError(f"{file} {why}: delete it, and that cell is played again")
+
+
+def _cell(data: Mapping[str, Any], weights: str, prompt: str) -> Cell:
+    try:
+        rewards = {int(task): [float(reward) for reward in row] for task, row in data["rewards"].items()}
+        stops = {str(reason): int(count) for reason, count in data["stops"].items()}
+        cell = Cell(data["weights"], data["prompt"], rewards, int(data["faulted"]), int(data["tokens"]), stops)
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise Unreadable(f"is no cell of a transplant ({type(problem).__name__}: {problem})") from None
+    if (cell.weights, cell.prompt) != (weights, prompt):
+        raise Unreadable(f"is the cell of {cell.weights!r} and {cell.prompt!r}")
+    if not all(math.isfinite(reward) for row in rewards.values() for reward in row):
+        raise Unreadable("has a reward that is no number")
+    return cell
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except OSError as problem:
+        raise Unreadable(f"cannot be read ({problem.strerror})") from None
+    except ValueError:
+        raise Unreadable("is damaged (no JSON)") from None
+    if not isinstance(data, dict):
+        raise Unreadable("is damaged (no object)")
+    return data
 
 
 def _cell_file(path: Path, weights: str, prompt: str) -> Path:
@@ -107,8 +157,15 @@ def _cell_file(path: Path, weights: str, prompt: str) -> Path:
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise EsplError(f"{path} is a file: choose another --out")
-    if path.is_dir() and not (path / PLAN).is_file() and any(p.name != CELLS for p in path.iterdir()):
+    if path.is_dir() and not (path / PLAN).exists() and any(map(_foreign, path.iterdir())):
         raise EsplError(f"{path} is not empty and is no transplant (it has no {PLAN}): choose another --out")
+
+
+def _foreign(path: Path) -> bool:
+    """Whether it is more than what a start that died leaves behind. Without a plan nobody knows what cells are of."""
+    if path.name == CELLS and path.is_dir():
+        return any(path.iterdir())
+    return not path.name.startswith(disk.WRITING)
 
 
 def _json(value: Any) -> bytes:
