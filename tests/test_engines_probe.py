@@ -21,7 +21,10 @@ class Twin:
     def __init__(self, policy: Policy, noise: float = 0.0) -> None:
         self.policy, self.noise = policy, noise
         self.state: Any = policy.state()
-        self.drops_adapter = self.ignores_temperature = self.mixes = False
+        self.drops_adapter = self.ignores_temperature = False
+        self.mixes: tuple[str, ...] = ()          # where the base model is asked for and the adapter answers
+        self.slips: tuple[str, ...] = ()          # where one token in a passage is wrong by `slip`
+        self.slip = 1.0
         self.share = 1.0
 
     def load(self) -> None:
@@ -30,8 +33,6 @@ class Twin:
     def values(self, tokens: Sequence[int], start: int, policy: int | None, temperature: float = 1.0) -> list[float]:
         if policy is not None and self.drops_adapter:
             policy = None
-        if policy is None and self.mixes:
-            policy = 0
         mine, version = self.policy.state(), self.policy.version
         self.policy.load_state({name: self.share * value for name, value in self.state.items()}, version)
         try:
@@ -47,12 +48,17 @@ class Twin:
             random = torch.Generator().manual_seed(request.seed)
             tokens = tuple(torch.randint(2, 61, (request.max_new,), generator=random).tolist())
             warmth = 1.0 if self.ignores_temperature else request.temperature
-            values = self.values(request.tokens + tokens, len(request.tokens), request.policy, warmth)
+            values = self.said("draw", request.tokens + tokens, len(request.tokens), request.policy, warmth)
             samples.append(Sample(tokens, tuple(values), "length", request.policy))
         return samples
 
     def read(self, passages: Sequence[Passage], start: int) -> list[list[float]]:
-        return [self.values(tokens, start, policy) for tokens, policy in passages]
+        return [self.said("read", tokens, start, policy) for tokens, policy in passages]
+
+    def said(self, way: str, tokens: Sequence[int], start: int, policy: int | None, warmth: float = 1.0) -> list[float]:
+        """Drawing and reading are two paths through a sampler: each can be wrong alone."""
+        values = self.values(tokens, start, 0 if policy is None and way in self.mixes else policy, warmth)
+        return [values[0] + self.slip, *values[1:]] if way in self.slips else values
 
 
 @pytest.fixture
@@ -86,7 +92,11 @@ def test_a_sampler_that_is_right_is_believed_version_after_version(policy: Polic
     ("fault", "said"),
     [
         ({"drops_adapter": True}, "does not serve policy 1.*they are those of the base model"),
-        ({"mixes": True}, "does not serve the base model"),
+        ({"mixes": ("read",)}, "does not serve the base model.*on fixed passages"),
+        ({"mixes": ("draw",)}, "does not serve the base model.*that it drew"),
+        ({"slips": ("read",)}, "does not serve .*on fixed passages"),            # most tokens are right
+        ({"slips": ("draw",)}, "does not serve .*that it drew"),
+        ({"slips": ("read",), "slip": float("nan")}, "does not serve .*on fixed passages"),
         ({"ignores_temperature": True}, "drew at temperature 0.7 .*they are those of temperature 1"),
         ({"share": 0.5}, "does not serve policy 1"),
         ({"noise": 1e-2}, "does not serve"),

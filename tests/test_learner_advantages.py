@@ -66,6 +66,8 @@ def test_the_standard_deviation_is_that_of_what_is_compared():
     assert within[0].advantages == pytest.approx([2 / 3 / (sqrt(2) / 3), *[-1 / 3 / (sqrt(2) / 3)] * 2])
     assert within[1].advantages == pytest.approx([1.0, None, -1.0])
     assert across[0].advantages == pytest.approx([17 / 36 / SPREAD, *[-19 / 36 / SPREAD] * 2])
+    two = groups_of([[1.0, 0.0]]) + groups_of([[9.0, 1.0]], task=1)          # one prompt, two problems
+    assert [g.advantages for g in assign(two, divide_by_std=True)] == [(1.0, -1.0)] * 2
 
 
 def test_a_baseline_that_counts_a_fault_as_a_zero_is_found_out():

@@ -8,6 +8,7 @@ from learner_kit import VOCABULARY, tiny_model, tiny_policy
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from espl_envs.core.errors import EsplError
+from espl_train.learner import logprobs
 from espl_train.learner.logprobs import Head, check_head, chunked_logprobs, head_of, sequence_logprobs, token_logprobs
 
 
@@ -52,6 +53,18 @@ def test_a_frozen_head_gets_no_gradient_and_nothing_wider_than_a_chunk_is_kept()
         chunked_logprobs(head, hidden, targets, chunk=4)[0].sum().backward()
     assert max(kept) < 64 * VOCABULARY
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize(("bound", "rows"), [(100 * VOCABULARY, 100), (VOCABULARY, 64)])
+def test_no_more_logits_exist_at_once_than_a_chunk_holds(bound, rows, monkeypatch):
+    """As the learner calls it; a chunk is never so short that reading the head is most of the work."""
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", bound)
+    made: list[int] = []
+    logits = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, hidden: (made.append(len(hidden)), logits(self, hidden))[1])
+    head, hidden, targets = parts(rows=250)
+    chunked_logprobs(head, hidden, targets)
+    assert (max(made), sum(made)) == (rows, 250)
 
 
 def test_only_the_requested_positions_come_back():

@@ -14,7 +14,7 @@ from espl_train.learner import packing
 from espl_train.learner.losses import NORMALISATIONS
 from espl_train.learner.packing import Limits, MicroBatch, pack
 from espl_train.learner.sequences import training_sequences
-from espl_train.records import Turn
+from espl_train.records import Group, Turn
 
 PADDED = Limits(10**9, packed=False)
 
@@ -125,6 +125,16 @@ def test_a_fork_begins_a_new_sequence_and_its_tokens_weigh_the_same():
         assert [t for s in two for t in s.targets.tolist()] == [4, 5, 7, 4, 5]
         assert {s.weight for s in two[:2]} == {one[0].weight}
     assert (straight.forks, forked.forks) == (0, 1)
+
+
+def test_prompts_are_balanced_over_all_their_problems():
+    def two(prompt: str, task: int, tokens: int) -> Group:
+        words = [((2, 3), (5,) * tokens)]
+        return group(*(rollout(r, words, prompt=prompt, task=task) for r in (1.0, 0.0)), advantages=(0.5, -0.5))
+
+    groups = [two("a", 0, 1), two("a", 1, 3), two("b", 0, 2), two("b", 1, 2), two("b", 2, 8)]
+    weights = [s.weight for s in training_sequences(groups, "prompt_balanced")]
+    assert weights == pytest.approx([1 / 16] * 4 + [1 / 48] * 6)             # 8 and 24 tokens
 
 
 def test_what_cannot_be_learnt_is_refused():
