@@ -264,6 +264,34 @@ def test_gradients_are_clipped_to_the_configured_norm(monkeypatch):
     assert norms == pytest.approx([1e-3], rel=1e-3)
 
 
+def test_a_step_is_that_of_adamw_with_the_configured_numbers(monkeypatch):
+    """Loshchilov & Hutter 2019, algorithm 2, over three steps of a warm-up; none of the numbers is a default."""
+    settings = {"learning_rate": 0.3, "warmup": 4, "betas": (0.6, 0.8), "eps": 0.05, "weight_decay": 0.2, "clip": 0.5}
+    who, slopes = learner(**settings), []
+    step = who.optimizer.step
+    monkeypatch.setattr(who.optimizer, "step", lambda: (slopes.append([p.grad.double() for p in who._weights]), step()))
+    expected = [p.detach().double() for p in who._weights]
+    first, second = ([torch.zeros_like(p) for p in expected] for _ in range(2))
+    for t in range(1, 4):
+        report, rate = who.update(random_groups(t)), 0.3 * t / 4
+        assert report.rate == pytest.approx(rate)
+        for weight, m, v, slope in zip(expected, first, second, slopes[-1], strict=True):
+            m.copy_(0.6 * m + 0.4 * slope)
+            v.copy_(0.8 * v + 0.2 * slope**2)
+            move = m / (1 - 0.6**t) / ((v / (1 - 0.8**t)).sqrt() + 0.05)
+            weight.copy_(weight - rate * (move + 0.2 * weight))
+        for weight, p in zip(expected, who._weights, strict=True):
+            torch.testing.assert_close(p.detach().double(), weight, atol=1e-5, rtol=1e-5)
+
+
+def test_the_bounds_of_the_ratio_are_the_configured_ones():
+    def clipped(*bounds: float) -> float:
+        return learner(loss="ppo", ratio_bounds=bounds).update(groups).clip_fraction
+
+    groups = random_groups(0)
+    assert 0 == clipped(0.0, 1e9) < clipped(0.0, 1.28) < clipped(0.8, 1.28) < clipped(1.0, 1.0) < 1
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_an_on_policy_batch_reports_ratios_of_one_and_no_divergence(temperature):
     who = learner(temperature=temperature)
@@ -287,6 +315,32 @@ def test_the_penalty_pulls_back_to_the_base_model():
     for _ in range(15):
         last = far.update(groups)
     assert last.reference_kl < report.reference_kl / 2
+
+
+@pytest.mark.parametrize(("estimator", "correction"), [("k1", "none"), ("k2", "none"), ("k3", "token_truncate")])
+def test_the_penalty_is_the_estimators_at_the_temperature_of_the_samples(estimator, correction):
+    """Its share of the loss, and both divergences of the report, from log-probabilities of whole sequences."""
+    settings = {"normalise": "token_mean", "correction": correction, "kl_estimator": estimator, "temperature": 0.7}
+    groups = random_groups(5)
+    who = learner(adapter=0.2, kl=0.5, **settings)
+    now, base, sampled = [], [], []
+    for r in (r for g in groups for r in g.rollouts):
+        ids = []
+        for turn in r.turns:
+            start = len(ids) + len(turn.context)
+            ids += [*turn.context, *turn.tokens]
+            now += who.policy.run(sequence_logprobs, ids, start, 0.7).tolist()
+            base += who.policy.run(sequence_logprobs, ids, start, 0.7, reference=True).tolist()
+            sampled += turn.logprobs
+    logp, reference, behaviour = (torch.tensor(values, dtype=torch.float64) for values in (now, base, sampled))
+    ratio, gap = (logp - behaviour).exp(), reference - logp
+    penalty = {"k1": -ratio * gap, "k2": ratio * gap**2 / 2, "k3": ratio.clamp(max=2) * (gap.exp() - 1 - gap)}
+    assert correction == "none" or bool((ratio > 2).any())
+    report = who.update(groups)
+    without = learner(adapter=0.2, **settings).update(groups)
+    assert report.loss - without.loss == pytest.approx(0.5 * float(penalty[estimator].mean()), rel=1e-4)
+    assert report.reference_kl == pytest.approx(float((gap.exp() - 1 - gap).mean()), rel=1e-4)
+    assert report.behaviour_kl == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-4)
 
 
 def test_the_penalty_is_nothing_while_the_adapter_is_the_base():

@@ -16,6 +16,7 @@ from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
 from espl_train.engines.base import Request, Sample
 from espl_train.engines.local import LocalEngine
+from espl_train.learner.advantages import assign
 from espl_train.learner.policy import Policy
 from espl_train.loop import Trainer
 from espl_train.problems import Deck
@@ -58,6 +59,24 @@ def test_a_run_goes_in_the_order_of_the_method(mode: str, model: Path, out: Path
     run(config(model, out, mode=mode))
     looks = ["play test"] if mode == "evolution" else ["play test", "play test"]
     assert theatre.journal == [*BEGIN, *STEPS[mode], *END, *STEPS[mode], "play validation", *END, *looks]
+
+
+@pytest.mark.parametrize("learning", [{"baseline": "marginal", "divide_by_std": True}, {"overlong": "filter"}])
+def test_what_is_configured_of_learning_reaches_the_learner(
+    learning: dict[str, Any], model: Path, out: Path, theatre: Theatre
+) -> None:
+    """What is learnt from (replies that are dealt end without a stop token, as if they were cut off), the temperature
+    of the samples, the length of the run."""
+    settings = {f"learner.{key}": value for key, value in {**learning, "schedule": "linear"}.items()}
+    trainer, _ = run(config(model, out, **settings, **{"rollout.temperature": 0.7}))
+    assert len({group.prompt for group in theatre.updates[1]}) > 1
+    for groups in theatre.updates:
+        if "overlong" in learning:
+            assert {a for group in groups for a in group.advantages} == {None}
+        else:
+            expected = assign(groups, "marginal", divide_by_std=True)
+            assert [g.advantages for g in groups] == [g.advantages for g in expected]
+    assert trainer.learner.temperature == 0.7 and trainer.learner._rate() == 0
 
 
 def test_validation_comes_every_so_many_steps_and_at_start_and_end(model: Path, out: Path, theatre: Theatre) -> None:
