@@ -16,7 +16,7 @@ from espl_train.config import EvaluationConfig
 from espl_train.evaluation import Evaluation, weighted
 from espl_train.evolution.breeding import BreedingReport
 from espl_train.evolution.population import Population
-from espl_train.evolution.prompts import SystemPrompt
+from espl_train.evolution.prompts import WORDS, SystemPrompt
 from espl_train.learner.update import UpdateReport
 from espl_train.records import Group, Rollout
 from espl_train.runs import seal
@@ -100,8 +100,7 @@ class IslandReport:
             new = "; ".join(f"“{text}”" for text in child.texts if text not in texts)
             gone = "; ".join(f"“{text}”" for text in texts if text not in child.texts)
             change = ", ".join(part for part in (new, gone and f"without {gone}") if part) or "nothing new"
-            how = {"prune": "pruning", "immigrant": "immigration"}.get(child.operator, child.operator)
-            yield f"{child.id} born by {how} of {' and '.join(child.parents)}: {change}"
+            yield f"{child.id} born by {WORDS[child.operator]} of {' and '.join(child.parents)}: {change}"
         for event in self.reviewed:
             if event["outcome"] not in ("accepted", "edited"):
                 yield f"{event['id']} {event['outcome']}: {event['detail']}"

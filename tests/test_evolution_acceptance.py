@@ -13,9 +13,10 @@ from espl_train.config import EvolutionConfig, RatingConfig
 from espl_train.evolution import acceptance, breeding
 from espl_train.evolution.acceptance import decide
 from espl_train.evolution.breeding import Breeder, BreedingReport
+from espl_train.evolution.operators import OPERATORS, Way
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Principle
-from espl_train.evolution.rejections import Reason
+from espl_train.evolution.rejections import Reason, Rejection
 from espl_train.settings import ConfigError, load
 
 MIXED = batch(p0000=[[1, 0], [0, 0], [1, 1]])
@@ -58,7 +59,7 @@ def test_a_child_enters_only_if_it_beats_its_parent_on_the_batch(worth: float, b
     judge = Judge(fast=worth)
     report = breed(says("fast"), judge, acceptance="minibatch")
     assert bool(report.children) == born
-    assert judge.asked == [(["mutation 3"], [0, 1, 2], 2)], "all problems, as many attempts as the parent had"
+    assert judge.asked == [(["mutation 0"], [0, 1, 2], 2)], "all problems, as many attempts as the parent had"
     (trial,) = [e for e in report.events if e["event"] == "trial"]
     assert trial["accepted"] == born and trial["parent"] == 0.5 and trial["mean"] == pytest.approx(worth)
     assert report.rejections == ({} if born else {"not_better": 1})
@@ -125,6 +126,19 @@ def test_a_pruned_child_has_been_played_already_and_an_immigrant_is_measured_by_
     rewards = {"p0000": {0: (1.0, 0.0)}}
     found = asyncio.run(decide(children, rewards, [0], judge, config, breeding.generator(0)))
     assert list(found) == ["b"] and found["b"].parent == 0.5 and found["b"].refused is None
+
+
+@pytest.mark.parametrize("changes", [{"acceptance": "minibatch"}, {"writer": "placebo"}])
+def test_another_operator_shifts_nobodys_draws(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(_: object) -> Rejection:
+        raise AssertionError
+
+    before, after = Judge(fast=0.6), Judge(fast=0.6)
+    one = breed(says("fast"), before, mutations=2, **changes)
+    first: dict[Any, Way] = {"another": Way(lambda _: 0.0, never)}
+    monkeypatch.setattr(breeding, "OPERATORS", {**first, **OPERATORS})
+    other = breed(says("fast"), after, mutations=2, **changes)
+    assert one.children and one.children == other.children and before.asked == after.asked
 
 
 def test_the_guard_and_the_duplicates_come_before_the_trial() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,14 @@ import pytest
 from espl_envs.core.errors import EsplError
 from espl_train import genealogy, snapshot
 from espl_train.config import EvolutionConfig, RatingConfig
+from espl_train.evolution.lineage import provenance, told
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import Child, Origin, Principle
+from espl_train.export import markdown
+from espl_train.export.document import _ancestry
+from espl_train.reflecting.command import _shown
+from espl_train.reflecting.review import Candidate, Desk
+from espl_train.report import IslandReport
 
 
 def run_of(*populations: Population) -> Any:
@@ -66,6 +73,28 @@ def test_a_justification_does_not_reach_the_terminal_as_it_is(
     monkeypatch.setattr(snapshot.Snapshot, "of", lambda *_: run_of(people))
     assert genealogy.main(["run", "p0003"]) == 0
     assert "because “␛[2Jtwo⟨U+202E⟩of ⟨U+D800⟩”" in capsys.readouterr().out
+
+
+def test_people_read_the_same_words_everywhere(tmp_path: Path) -> None:
+    """In the run's notes, its lineage, its export and its review."""
+    people = Population(EvolutionConfig(root=("Draw.", "Add.")), RatingConfig(), 1)
+    pruned = Child((Principle("G2", "Add."),), "prune", ("p0000",), 2)
+    newcomer = Child((Principle("G3", "Look."),), "immigrant", ("p0000",), 3)
+    born = people.add([pruned, newcomer], 1)
+    island = IslandReport((), None, None, born, 0, {}, "p0000")
+    notes = list(island.notes(people))
+    assert [note.partition(":")[0] for note in notes] == [
+        "p0001 born by pruning of p0000", "p0002 born by immigration of p0000"
+    ]  # fmt: skip
+    history = "\n".join(told("p0002", people.lineage))
+    assert "step 1, immigration of p0000: add" in history
+    assert "dropped by p0001 (pruning), against p0000" in "\n".join(told("p0000", people.lineage, "G1"))
+    page = "\n".join(markdown._lineage(list(_ancestry("p0002", people.lineage))))
+    assert "by immigration of p0000" in page
+    rows = provenance("p0002", people.lineage)
+    assert "G3: add by immigration, step 1" in "\n".join(markdown._principles(rows))
+    waiting = Candidate.of(pruned, 1, "", (), ())
+    assert "pruning of p0000: waiting" in _shown(waiting, Desk(tmp_path), False)
 
 
 def test_it_prints_lines_or_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

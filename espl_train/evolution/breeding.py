@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from espl_train.evolution.mutation import summarise
 from espl_train.evolution.operators import OPERATORS, Scene
 from espl_train.evolution.placebo import placebo
 from espl_train.evolution.population import Population
-from espl_train.evolution.prompts import Child, Operator, Rating, SystemPrompt
+from espl_train.evolution.prompts import WORDS, Child, Operator, Rating, SystemPrompt
 from espl_train.evolution.prune import Trial
 from espl_train.evolution.ratings import Match, scores
 from espl_train.evolution.reflection import Completer, Reflector, purpose
@@ -125,7 +126,10 @@ class Breeder:
         with purpose(prompt=best.id):
             results = await self._results(scene)
         if self._pool:
-            results = [self._placebo(step, n, population, result) for n, result in enumerate(results)]
+            results = [
+                self._placebo(step, number, population, result)
+                for (_, number), result in zip(_numbered(results), results, strict=True)
+            ]
         results = self._sifted(results, taken, reflector)
         results = await self._accepted(scene, results, groups, match.problems)
         report = self._report(step, best, results, reflector, scene.events)
@@ -170,7 +174,7 @@ class Breeder:
                     reflector.rejections[result.reason] += 1
                 else:
                     children.append(result)
-                    taken[fingerprints(result.principles)] = f"the {operator} child"
+                    taken[fingerprints(result.principles)] = f"the {WORDS[operator]} child"
             sifted.append((operator, result))
         return sifted
 
@@ -178,21 +182,22 @@ class Breeder:
         self, scene: Scene, results: Sequence[Result], groups: Sequence[Group], problems: Sequence[int]
     ) -> list[Result]:
         """Let through those that hold their own in a trial, where one is asked for."""
-        children = {f"{o} {n}": c for n, (o, c) in enumerate(results) if isinstance(c, Child)}
+        names = [f"{operator} {number}" for operator, number in _numbered(results)]
+        children = {n: child for n, (_, child) in zip(names, results, strict=True) if isinstance(child, Child)}
         if self._config.acceptance == "none" or scene.trial is None:
             return list(results)
         random = generator(self._seed, "acceptance", scene.step)
         decisions = await decide(children, scores(groups), problems, scene.trial, self._config, random)
         accepted = list(results)
-        for number, (operator, result) in enumerate(results):
-            if (decision := decisions.get(f"{operator} {number}")) is None:
+        for number, (name, (operator, result)) in enumerate(zip(names, results, strict=True)):
+            if (decision := decisions.get(name)) is None:
                 continue
             details = {key: value for key, value in asdict(decision).items() if key != "refused"}
             scene.events.append({"event": "trial", "operator": operator, "accepted": not decision.refused, **details})
             if decision.refused:
                 scene.reflector.rejections[decision.refused.reason] += 1
-                name = f"a {operator} child of step {scene.step}, which was no better"
-                self._duplicates.forbid(name, [p.text for p in children[f"{operator} {number}"].principles])
+                known = f"a {WORDS[operator]} child of step {scene.step}, which was no better"
+                self._duplicates.forbid(known, [p.text for p in children[name].principles])
             accepted[number] = operator, decision.refused or result
         return accepted
 
@@ -205,7 +210,7 @@ class Breeder:
         if refused is not None:
             return refused
         if self._config.duplicate_similarity < 1:
-            born = {f"the {s.operator} child": [p.text for p in s.principles] for s in siblings}
+            born = {f"the {WORDS[s.operator]} child": [p.text for p in s.principles] for s in siblings}
             known = self._duplicates.like(texts, born)
             if known is not None:
                 return Rejection(Reason.DUPLICATE_PROMPT, f"these principles say what those of {known} say")
@@ -282,6 +287,14 @@ class Breeder:
 def _place(event: Mapping[str, Any]) -> tuple[str, int, str]:
     """Where an event of a call stands, whichever call came back first."""
     return event["stage"], event["index"], json.dumps(event, sort_keys=True)
+
+
+def _numbered(results: Sequence[Result]) -> Iterator[tuple[Operator, int]]:
+    """Every result by its operator and a number among that operator's: draws that are keyed by it know of no others."""
+    seen: Counter[Operator] = Counter()
+    for operator, _ in results:
+        yield operator, seen[operator]
+        seen[operator] += 1
 
 
 def _all(refused: Rejection) -> list[Result]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from espl_train.evolution.edits import fingerprint
-from espl_train.evolution.prompts import Operator, Origin, Principle, SystemPrompt
+from espl_train.evolution.prompts import WORDS, Operator, Origin, Principle, SystemPrompt
 from espl_train.evolution.ratings import Table, paired_difference
 
 
@@ -240,7 +240,7 @@ def told(prompt: str, lineage: Lineage, principle: str = "") -> Iterator[str]:
         yield f"    carried by {len(carriers)} prompt{'s' * (len(carriers) > 1)}: {_listed(carriers)}"
         for birth in lineage.droppers(written):
             how = "changed" if i in birth.ids else "dropped"
-            yield f"    {how} by {birth.prompt} ({birth.operator}), against {birth.parents[0]}: {birth.duel}"
+            yield f"    {how} by {birth.prompt} ({WORDS[birth.operator]}), against {birth.parents[0]}: {birth.duel}"
 
 
 def _history(written: Written, lineage: Lineage) -> Iterator[str]:
@@ -250,7 +250,7 @@ def _history(written: Written, lineage: Lineage) -> Iterator[str]:
         return
     sources = f" of {' and '.join(origin.sources)}" if origin.sources else ""
     asked = f", asked for {origin.support} times" if origin.support > 1 else ""
-    yield f"step {birth.step}, {birth.operator} of {' and '.join(birth.parents)}: {origin.op}{sources}{asked}"
+    yield f"step {birth.step}, {WORDS[birth.operator]} of {' and '.join(birth.parents)}: {origin.op}{sources}{asked}"
     if origin.evidence:
         yield f"because “{origin.evidence}”"
     yield f"{birth.prompt} against {birth.parents[0]}: {birth.duel}"

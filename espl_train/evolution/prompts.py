@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Operator = Literal["root", "mutation", "crossover", "prune", "immigrant", "migration"]
+# What people read: "born by pruning of p0003". In settings and data operators have the names above.
+WORDS: Mapping[Operator, str] = {
+    "root": "root", "mutation": "mutation", "crossover": "crossover", "prune": "pruning", "immigrant": "immigration",
+    "migration": "migration",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espl_envs.evaluate.plain import visible
+from espl_train.evolution.prompts import WORDS
 
 Document = Mapping[str, Any]
 BACKTICKS = re.compile("`+")
@@ -88,19 +89,20 @@ def _written(written: Mapping[str, Any]) -> str:
         return f"{name}: there from the start"
     sources = f" of {' and '.join(written['sources'])}" if written["sources"] else ""
     because = f", because {span(written['evidence'])}" if written["evidence"] else ""
-    return f"{name}: {written['op']}{sources} by {written['operator']}, step {written['step']}{because}"
+    return f"{name}: {written['op']}{sources} by {WORDS[written['operator']]}, step {written['step']}{because}"
 
 
 def _lineage(lineage: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for one in lineage:
         if not one["parents"]:
-            how = "is the root prompt" if one["operator"] == "root" else f"has no parents ({one['operator']})"
+            how = "is the root prompt" if one["operator"] == "root" else f"has no parents ({WORDS[one['operator']]})"
             yield f"- {one['id']} {how}, with {_count(len(one['principles']))}."
             continue
         duel = one["against_parent"]
         met = f"{duel['gain']:+.3f} ± {duel['error']:.3f} over {duel['problems']} problems" if duel["problems"] else ""
         against = f"; mean reward against {one['parents'][0]}: {met}" if met else ""
-        yield f"- {one['id']}, step {one['born']}, by {one['operator']} of {' and '.join(one['parents'])}{against}"
+        how = f"by {WORDS[one['operator']]} of {' and '.join(one['parents'])}"
+        yield f"- {one['id']}, step {one['born']}, {how}{against}"
         changes = [(word, entry) for word in ("added", "changed", "removed") for entry in one[word]]
         yield from (f"  - {word} {entry['id']}: {span(entry['text'])}" for word, entry in changes)
 

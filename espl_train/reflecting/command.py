@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from espl_envs.core.errors import EsplError
+from espl_train.evolution.prompts import WORDS
 from espl_train.reflecting.review import WAITING, Candidate, Damaged, Decision, Desk
 from espl_train.runs.console import clean
 from espl_train.runs.directory import read_config
@@ -121,7 +122,7 @@ def _in_editor(text: str) -> str:
 
 def _sheet(candidate: Candidate) -> str:
     child = candidate.child
-    head = SHEET.format(id=candidate.id, operator=child.operator, parents=" and ".join(child.parents))
+    head = SHEET.format(id=candidate.id, operator=WORDS[child.operator], parents=" and ".join(child.parents))
     return head + "".join(f"{p.id}: {p.text}\n" for p in child.principles)
 
 
@@ -136,7 +137,8 @@ def _find(found: Sequence[Candidate], name: str) -> Candidate:
 def _shown(candidate: Candidate, desk: Desk, whole: bool) -> str:
     child = candidate.child
     where = f" on {candidate.island}" if candidate.island else ""
-    head = f"{candidate.id}  {child.operator} of {' and '.join(child.parents)}{where}: {_standing(candidate, desk)}"
+    how = f"{WORDS[child.operator]} of {' and '.join(child.parents)}"
+    head = f"{candidate.id}  {how}{where}: {_standing(candidate, desk)}"
     if not whole and candidate.state != WAITING:
         return clean(head)
     lines = [head, *(f"  {line}" for line in candidate.changes)]
