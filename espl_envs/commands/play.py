@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from espl_envs import registry
-from espl_envs.core.env import transcript
+from espl_envs.core.messages import transcript
 
 HELP = "Type your reply; an empty line sends it. Ctrl-D gives up."
 

@@ -44,7 +44,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from espl_envs.core import background
 from espl_envs.core.errors import EnvironmentFault, EsplError, UnknownTask
 from espl_envs.core.family import Episode, Family, Stop
-from espl_envs.core.messages import Conversation, Message, ToolCall, ToolSpec
+from espl_envs.core.messages import Conversation, Message, ToolCall, ToolSpec, transcript
 from espl_envs.core.protocol import MalformedCall, Placement, opening, protocol_text, read_calls
 from espl_envs.core.shuffle import Shuffle
 from espl_envs.core.spaces import ChatSpace, ReplySpace
@@ -364,16 +364,6 @@ class TextEnv(gymnasium.Env[Conversation, str | Message]):
         episode, self._episode = self._episode, None
         if episode is not None:
             await _release(episode)
-
-
-def transcript(messages: Conversation) -> str:
-    """A conversation as plain text, one `[role]` heading per message; native tool calls are shown as JSON."""
-    return "\n\n".join(f"[{message.name or message.role}]\n{_body(message)}" for message in messages)
-
-
-def _body(message: Message) -> str:
-    calls = [f"→ {call.name}({call.arguments})" for call in message.tool_calls]
-    return "\n".join([message.content, *calls] if message.content else calls)
 
 
 async def _release(episode: Episode) -> None:

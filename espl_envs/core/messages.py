@@ -89,5 +89,15 @@ class Message:
 Conversation = tuple[Message, ...]
 
 
+def transcript(messages: Conversation) -> str:
+    """A conversation as plain text, one `[role]` heading per message; native tool calls are shown as JSON."""
+    return "\n\n".join(f"[{message.name or message.role}]\n{_body(message)}" for message in messages)
+
+
+def _body(message: Message) -> str:
+    calls = [f"→ {call.name}({call.arguments})" for call in message.tool_calls]
+    return "\n".join([message.content, *calls] if message.content else calls)
+
+
 def _as_text(arguments: str | Mapping[str, Any]) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -20,9 +20,9 @@ import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
-from espl_envs.core.env import Info, TextEnv, transcript
+from espl_envs.core.env import Info, TextEnv
 from espl_envs.core.errors import EsplError
-from espl_envs.core.messages import Conversation, Message
+from espl_envs.core.messages import Conversation, Message, transcript
 from espl_envs.core.spaces import OpenAIChatSpace, OpenAIReplySpace, UnicodeText
 
 Options = Mapping[str, Any]

@@ -23,9 +23,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from espl_envs.core.env import TextEnv, transcript
+from espl_envs.core.env import TextEnv
 from espl_envs.core.errors import EsplError, MissingExtra
-from espl_envs.core.messages import Message, ToolCall, ToolSpec
+from espl_envs.core.messages import Message, ToolCall, ToolSpec, transcript
 from espl_envs.tools.base import tool_spec
 
 ANSWER = "final_answer"

@@ -24,7 +24,6 @@ ESCAPES = re.compile(r"\\u\{?([0-9a-fA-F]{4,6})\}?|\\x([0-9a-fA-F]{2})|U\+([0-9a
 CODES = re.compile(r"\b\d{1,3}(?:[\s,.;:-]+\d{1,3}){2,}\b")
 BITS = re.compile(r"\b[01]{7,8}(?:\s+[01]{7,8})+\b")
 CIPHER = re.compile(r"\brot|caesar|cipher|shift|decode|decrypt|encod", re.IGNORECASE)
-BACKWARDS = re.compile(r"revers|backward|mirror|right to left|flip", re.IGNORECASE)
 LEET: dict[int, int | str] = {**str.maketrans("013457@$!|+€£8", "oleastasiltelb")}
 LEET_TOKEN = re.compile(r"(?=[\w@$!|+€£]*[^\W\d_])(?=[\w@$!|+€£]*[\d@$!|+€£])[\w@$!|+€£]{3,}")
 SPACED = re.compile(r"(?<!\w)\w(?:[\s.*_·•|/-]{1,3}\w){2,}(?!\w)")
