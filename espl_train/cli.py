@@ -7,7 +7,6 @@ sentence · 130 Ctrl-C and 143 SIGTERM, with where the run stands and the comman
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 import tempfile
@@ -24,9 +23,7 @@ from espl_train.learner.ranks import ALONE, Place, RankLost
 if TYPE_CHECKING:
     from espl_train.learner.ranks import Ranks
     from espl_train.profiling import Profile
-    from espl_train.runs.console import Console
     from espl_train.runs.directory import RunDirectory
-    from espl_train.runs.summary import Summary
     from espl_train.settings import Request
 
 EXTRA = frozenset(
@@ -147,7 +144,7 @@ def _train(run: RunDirectory, request: Request, ranks: Ranks) -> None:
         console.phase("loading the model")
         from transformers.utils import logging
 
-        from espl_train.loop import Trainer
+        from espl_train.training import complete
 
         logging.disable_progress_bar()
         for name, text in ranks.check(run.config):
@@ -155,8 +152,7 @@ def _train(run: RunDirectory, request: Request, ranks: Ranks) -> None:
         profile = None
         if request.profile is not None:
             profile = open_.enter_context(_profile(run, request.profile))
-        summary = Trainer(run.config, run, console, ranks, profile).train()
-        _finish(run, console, summary)
+        complete(run, console, ranks, profile)
         if profile is not None:
             console.show(profile.table())
 
@@ -166,27 +162,6 @@ def _profile(run: RunDirectory, steps: Sequence[int]) -> Profile:
     from espl_train.profiling import Profile
 
     return Profile(run.path / "profile", steps, device=pick_device(run.config.model.device).type)
-
-
-def _finish(run: RunDirectory, console: Console, summary: Summary) -> None:
-    """Draw the plot, keep the best prompt as a file, print the end of the run."""
-    from espl_train.runs.metrics import read_lines
-
-    for chosen in summary.chosen:
-        run.write_text(f"best_prompt.{chosen.env}.txt" if chosen.env else "best_prompt.txt", chosen.text)
-    history = summary.history or tuple(read_lines(run.path / "metrics.jsonl"))
-    console.summary(dataclasses.replace(summary, history=history, plot=_plot(run, console)))
-
-
-def _plot(run: RunDirectory, console: Console) -> Path | None:
-    """The picture is a courtesy: without matplotlib, or with a full disk, the run is still done."""
-    try:
-        from espl_train.runs.plot import plot
-
-        return plot(run.path)
-    except (ImportError, OSError) as error:
-        console.warn(f"no plot: {error}")
-        return None
 
 
 @contextlib.contextmanager

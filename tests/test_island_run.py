@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_loop_resume import contents, same
 
-from espl_train import cli
+from espl_train import training
 from espl_train.cli import main
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
@@ -50,7 +50,7 @@ def test_a_run_of_two_worlds_goes_on_where_it_was_stopped(
     with monkeypatch.context() as patch:
         stopped_in_the_second_step(patch)
         assert main([*WORLDS, "--out", str(broken)]) == 130
-    monkeypatch.setattr(cli, "_plot", without_a_picture)
+    monkeypatch.setattr(training, "_plot", without_a_picture)
     assert main(["--resume", str(broken), "--quiet"]) == 0
     straight, resumed = contents(whole), contents(broken)
     for name, expected in straight.items():
