@@ -104,6 +104,13 @@ def test_a_stop_token_ends_the_sample_and_is_part_of_it(world: World) -> None:
         assert sample.tokens[-1] in (STOP, 7, 9, 11, 20)
 
 
+def test_a_stop_token_in_the_last_place_that_is_left_is_a_stop(world: World) -> None:
+    (free,) = world.ask(request(max_new=12, stop_ids=()))
+    last = next(i for i in range(3, 12) if free.tokens[i] not in free.tokens[:i])
+    (stopped,) = world.ask(request(max_new=last + 1, stop_ids=(free.tokens[last],)))
+    assert (stopped.tokens, stopped.stop) == (free.tokens[: last + 1], "stop")
+
+
 def test_without_a_stop_token_the_sample_has_full_length(world: World) -> None:
     (sample,) = world.ask(request(max_new=9, stop_ids=()))
     assert len(sample.tokens) == len(sample.logprobs) == 9
@@ -172,6 +179,27 @@ def test_sessions_of_one_policy_never_serve_another(world: World) -> None:
     world.ask(asked)
     base = replace(asked, tokens=(*asked.tokens, 3), policy=None)
     agree(world, base, world.ask(base)[0])
+    again = replace(asked, tokens=(*asked.tokens, 4))
+    agree(world, again, world.ask(again)[0])
+
+
+def test_what_is_kept_for_one_policy_is_no_prefix_for_another(world: World) -> None:
+    """Sessions wait for their next turn while others begin with the very same tokens."""
+    prompt = range(2, 40)
+    for kept, other in ((0, None), (None, 0)):
+        world.ask(request(prompt, session=f"kept {kept}", policy=kept))
+        asked = request(prompt, session=f"other {other}", policy=other)
+        agree(world, asked, world.ask(asked)[0])
+        again = request([*prompt, 50], policy=kept)
+        agree(world, again, world.ask(again)[0])
+
+
+def test_other_weights_under_the_same_version_leave_nothing_of_the_old_ones(world: World) -> None:
+    """As where one model is given the weights of several runs."""
+    asked = request(range(2, 20), session="a")
+    world.ask(asked)
+    shake(world.policy, 0.3, seed=2)
+    world.engine.load_policy(0)
     again = replace(asked, tokens=(*asked.tokens, 4))
     agree(world, again, world.ask(again)[0])
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_kit import World, local_world, ragged, request
@@ -32,6 +33,7 @@ from espl_train.engines.base import EngineError, Sample
 from espl_train.engines.kv import KVSlab, TokenSlab, slab_for
 from espl_train.engines.local import LocalEngine
 from espl_train.learner.policy import Policy
+from espl_train.randomness import uniforms
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -137,6 +139,32 @@ def test_a_prompt_is_prefilled_once_and_a_turn_only_for_its_suffix(monkeypatch: 
                 for one, sample in zip(asked, samples, strict=True)))
     assert sum(written) == 24 * 2                    # the last sampled token and all but the last of what was appended
     world.engine.close()
+
+
+def test_every_token_is_drawn_by_a_number_of_its_own(world: World) -> None:
+    """The number belongs to seed and place, so no draw repeats another, however many strides a reply takes."""
+    asked = ragged(12, max_new=3 * world.engine.stride, stop_ids=(), temperature=1.3)
+    for one, sample in zip(asked, world.ask(*asked), strict=True):
+        ends = world.oracle(one, sample).exp().double().cumsum(-1)               # (sampled, vocab)
+        places, tokens = np.arange(len(sample.tokens)), torch.tensor(sample.tokens)
+        number = torch.from_numpy(uniforms(np.full(len(tokens), one.seed, np.uint64), places))
+        end = ends[places, tokens]
+        begin = torch.where(tokens > 0, ends[places, tokens - 1], 0.0)
+        assert bool(((begin - 1e-4 <= number) & (number <= end + 1e-4)).all())
+
+
+def test_what_nobody_needs_any_more_is_given_back(world: World) -> None:
+    asked = [replace(one, session=str(i)) for i, one in enumerate(ragged(6))]
+    world.ask(*asked)
+    memory = world.engine._decoder.memory
+    assert sum(not held.free for held in memory.held) == 6
+    for i in range(5):
+        world.engine.release(str(i))
+    world.ask(request())
+    assert [held.session for held in memory.held if not held.free] == ["5"]
+    assert world.engine._decoder.slab.cache.slabs
+    world.engine.pause()
+    assert not world.engine._decoder.slab.cache.slabs and not world.engine._decoder.memory.held
 
 
 @pytest.mark.parametrize("slots", [1, 3, 7])

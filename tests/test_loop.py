@@ -79,6 +79,16 @@ def test_what_is_configured_of_learning_reaches_the_learner(
     assert trainer.learner.temperature == 0.7 and trainer.learner._rate() == 0
 
 
+def test_the_engine_gives_its_memory_back_for_the_update(
+    model: Path, out: Path, theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pause", "resume"):
+        monkeypatch.setattr(LocalEngine, name, lambda _, name=name: theatre.journal.append(name))
+    run(config(model, out))
+    done = [word for word in theatre.journal if word in ("pause", "update", "resume", "play train")]
+    assert done == ["play train", "pause", "update", "resume"] * 2
+
+
 def test_validation_comes_every_so_many_steps_and_at_start_and_end(model: Path, out: Path, theatre: Theatre) -> None:
     run(config(model, out, steps=5, **{"evaluation.every": 2}))
     played = [int(play.jobs[0].key.step) for play in theatre.of("validation")]
