@@ -193,3 +193,15 @@ def test_sparklines_durations_intervals() -> None:
     low, high = wilson(0.5, 100)
     assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
     assert wilson(1.0, 10)[1] == 1.0 and 0.7 < wilson(1.0, 10)[0] < 0.73
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_paths_and_rows_of_a_table_stay_in_one_piece_on_a_narrow_terminal(terminal: bool) -> None:
+    console, out, _ = make(terminal, width=40)
+    row = "reflection  242  0  0  40,518  7,001  47.4  and more"
+    prose = "rollouts and tokens, told in a long sentence of words"
+    folder = Path("/somewhere/with/a/long/name/that/nobody/can/copy/in/two/pieces")
+    console.summary(summary(run=folder, notes=(row, prose)))
+    lines = out.export_text().splitlines()
+    assert row in lines and f"run: {folder}" in lines
+    assert not any(prose in line for line in lines)

@@ -153,7 +153,7 @@ class Console:
     def summary(self, summary: Summary) -> None:
         """The end of the run, with its best system prompt. Shown even when quiet."""
         self.__exit__()
-        self._out.print(summary_view(summary, self._out.is_terminal))
+        self._out.print(summary_view(summary, self._out.is_terminal), crop=False)
 
     def show(self, text: str) -> None:
         """Something that was asked for. Shown even when quiet."""
@@ -300,14 +300,19 @@ def summary_view(summary: Summary, framed: bool) -> RenderableType:
         f"{summary.steps} steps in {duration(summary.seconds)}, {summary.rollouts:,} rollouts, "
         f"{summary.tokens:,} sampled tokens" + (f", {summary.faulted} faulted" if summary.faulted else "")
     )
-    files = Text(f"run: {summary.run}" + (f"\nplot: {summary.plot}" if summary.plot else ""), "dim")
+    files = _whole(f"run: {summary.run}" + (f"\nplot: {summary.plot}" if summary.plot else ""))
     parts: list[RenderableType] = [Text(), Text(work)]
     parts += [curve] if curve.row_count else []
     parts += [Text(), scores] if summary.scores else []
-    parts += [Text(clean(note), "dim") for note in summary.notes]
+    parts += [_whole(note) if "  " in note else Text(clean(note), "dim") for note in summary.notes]
     for chosen in summary.chosen:
         parts += [Text(), _prompt(chosen, framed)]
     return Group(*parts, Text(), files)
+
+
+def _whole(text: str) -> Text:
+    """Lines that are never broken, however narrow the terminal is: paths, rows of a table."""
+    return Text(clean(text), "dim", no_wrap=True, overflow="ignore")
 
 
 def _prompt(chosen: Chosen, framed: bool) -> RenderableType:
