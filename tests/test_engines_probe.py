@@ -9,6 +9,7 @@ import pytest
 import torch
 from learner_kit import shake, tiny_policy
 
+from espl_train.engines import probe as probe_module
 from espl_train.engines.base import EngineError, Request, Sample
 from espl_train.engines.probe import TRIAL, Passage, Probe
 from espl_train.learner.logprobs import sequence_logprobs
@@ -26,6 +27,7 @@ class Twin:
         self.slips: tuple[str, ...] = ()          # where one token in a passage is wrong by `slip`
         self.slip = 1.0
         self.share = 1.0
+        self.looks = 0
 
     def load(self) -> None:
         self.state = self.policy.state()
@@ -42,6 +44,12 @@ class Twin:
         finally:
             self.policy.load_state(mine, version)
 
+    def look(
+        self, requests: Sequence[Request], passages: Sequence[Passage], start: int
+    ) -> tuple[list[Sample], list[list[float]]]:
+        self.looks += 1
+        return self.draw(requests), [self.said("read", tokens, start, policy) for tokens, policy in passages]
+
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         samples = []
         for request in requests:
@@ -51,9 +59,6 @@ class Twin:
             values = self.said("draw", request.tokens + tokens, len(request.tokens), request.policy, warmth)
             samples.append(Sample(tokens, tuple(values), "length", request.policy))
         return samples
-
-    def read(self, passages: Sequence[Passage], start: int) -> list[list[float]]:
-        return [self.said("read", tokens, start, policy) for tokens, policy in passages]
 
     def said(self, way: str, tokens: Sequence[int], start: int, policy: int | None, warmth: float = 1.0) -> list[float]:
         """Drawing and reading are two paths through a sampler: each can be wrong alone."""
@@ -86,6 +91,18 @@ def test_a_sampler_that_is_right_is_believed_version_after_version(policy: Polic
         probe.prove(twin, version)
         assert probe.distance < 1e-5
         probe.again(twin, version)
+
+
+def test_a_proof_asks_the_sampler_once_and_the_learner_twice(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done after every step of training: each batch of its own would cost as much again."""
+    twin, passes = Twin(policy), []
+    probe = begun(twin)
+    version, looks = trained(policy), twin.looks
+    twin.load()
+    forward = probe_module.passage_logprobs
+    monkeypatch.setattr(probe_module, "passage_logprobs", lambda *given: passes.append(0) or forward(*given))
+    probe.prove(twin, version)
+    assert twin.looks == looks + 1 and len(passes) == 2       # the policy, and the base model beside it
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from espl_envs.core.errors import EsplError
 from espl_train.learner import logprobs
-from espl_train.learner.logprobs import Head, check_head, chunked_logprobs, head_of, sequence_logprobs, token_logprobs
+from espl_train.learner.logprobs import (
+    Head,
+    check_head,
+    chunked_logprobs,
+    head_of,
+    passage_logprobs,
+    sequence_logprobs,
+    token_logprobs,
+)
 
 
 def parts(seed: int = 0, rows: int = 7, cap: float | None = None, bias: bool = False):
@@ -142,3 +150,16 @@ def test_bf16_heads_are_computed_as_the_model_computes_them():
     table = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, :-1].float(), -1)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, table.gather(1, torch.tensor(ids)[1:, None])[:, 0], atol=1e-5, rtol=0)
+
+
+def test_passages_together_are_what_each_is_alone():
+    causal, random = tiny_policy(adapter=0.1).causal, torch.Generator().manual_seed(3)
+    passages = [
+        (torch.randint(VOCABULARY, (length,), generator=random).tolist(), temperature)
+        for length, temperature in ((20, 1.0), (9, 0.7), (31, 1.0), (20, 1.3))
+    ]
+    with torch.no_grad():
+        together = passage_logprobs(causal, passages, 8)
+        alone = [sequence_logprobs(causal, tokens, 8, temperature) for tokens, temperature in passages]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other.double(), atol=2e-6, rtol=0)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from espl_train.transfer import upload
+
 LINE = 64      # bytes that a CPU reads at once
 
 
@@ -83,13 +85,17 @@ class SlabCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:      # noqa: ARG002
         return 0
 
-    def targets(self, rows: Tensor, positions: Tensor, batch: Tensor, column: Tensor) -> list[Target]:
-        """Where tokens are written that stand in `batch`, `column` of what is new: at `positions` of `rows`."""
+    def targets(
+        self, rows: Tensor, positions: Tensor, batch: Tensor, column: Tensor, device: torch.device
+    ) -> list[Target]:
+        """Where tokens are written on `device` that stand in `batch`, `column` of what is new: at `positions` of
+        `rows`. All of these are on the CPU, where a mask is looked at without waiting for anybody."""
         found = []
         for part, (chosen, offset) in enumerate(((positions < self.cut, 0), (positions >= self.cut, self.cut))):
             if chosen.any():
-                columns = positions[chosen] - offset
-                found.append(Target(part, rows[chosen], columns, (batch[chosen], column[chosen])))
+                kept = (rows[chosen], positions[chosen] - offset, batch[chosen], column[chosen])
+                where, columns, *source = (upload(x, device) for x in kept)
+                found.append(Target(part, where, columns, (source[0], source[1])))
         return found
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
@@ -120,7 +126,8 @@ class SlabCache(Cache):
             return part
         if part.untyped_storage().nbytes() < math.prod(shape) * part.element_size():
             return self._filled(content, width)
-        if self._scratch.numel() < content.numel() or self._scratch.dtype != content.dtype:
+        spare = self._scratch
+        if (spare.dtype, spare.device) != (content.dtype, content.device) or spare.numel() < content.numel():
             self._scratch = content.new_empty(content.numel())
         content = self._scratch[: content.numel()].view(content.shape).copy_(content)
         resized = part.as_strided((math.prod(shape),), (1,), 0).view(shape)

@@ -20,6 +20,7 @@ from espl_train.engines.shared import Shared
 from espl_train.engines.slots import Row, Slots, common_prefix
 from espl_train.profiling import span
 from espl_train.randomness import uniforms
+from espl_train.transfer import upload
 
 SHARE = 16                 # a common prefix shorter than this is not worth a second prefill call
 PREFILL_TOKENS = 8192      # padded tokens in one prefill call
@@ -109,11 +110,11 @@ class Decoder:
         made = np.array([len(row.tokens) for row in rows])
         seeds = np.array([row.request.seed for row in rows], dtype=np.uint64)
         law = Law.of([r.request.temperature for r in rows], [r.request.top_p for r in rows], device)
-        chance = torch.from_numpy(uniforms(seeds[None], made[None] + np.arange(steps)[:, None])).to(device)
-        stops = _padded([row.request.stop_ids for row in rows]).to(device)
-        left = torch.from_numpy(np.array([row.limit for row in rows]) - made).to(device)
-        tokens = torch.tensor([row.last for row in rows], device=device)
-        positions = torch.from_numpy(known - 1).to(device)
+        chance = upload(torch.from_numpy(uniforms(seeds[None], made[None] + np.arange(steps)[:, None])), device)
+        stops = upload(_padded([row.request.stop_ids for row in rows]), device)
+        left = upload(torch.from_numpy(np.array([row.limit for row in rows]) - made), device)
+        tokens = upload(torch.tensor([row.last for row in rows]), device)
+        positions = upload(torch.from_numpy(known - 1), device)
         alive = torch.ones(count, dtype=torch.bool, device=device)
         longest = int(known.max())
         drawn: list[torch.Tensor] = []

@@ -23,6 +23,7 @@ from espl_train.engines import shared
 from espl_train.engines.cache import Kept, Plan, SlabCache, Target
 from espl_train.engines.shared import NOTHING, Group, Shared
 from espl_train.engines.written import Step
+from espl_train.transfer import upload
 
 PRICE = 2**17     # bytes that a CPU reads in the time of the operations that one more group costs in a layer
 Rows = Sequence[int]
@@ -129,11 +130,11 @@ class KVSlab:
         index = torch.tensor(rows)
         contiguous = bool((index.diff() == 1).all())
         self.cache.plan = Plan(
-            slice(rows[0], rows[-1] + 1) if contiguous else index.to(self.device),
+            slice(rows[0], rows[-1] + 1) if contiguous else upload(index, self.device),
             width,
-            self.cache.targets(*(x.to(self.device) for x in (index[batch], positions[batch, column], batch, column))),
+            self.cache.targets(index[batch], positions[batch, column], batch, column, self.device),
         )
-        self._forward(ids.to(self.device), positions.to(self.device), width)
+        self._forward(upload(ids, self.device), upload(positions, self.device), width)
 
     def step(self, tokens: Tensor, positions: Tensor, width: int, common: Shared = NOTHING) -> Tensor:
         """See `Slab`."""
@@ -189,7 +190,7 @@ class KVSlab:
         return mask.masked_fill_(hidden, torch.finfo(self.dtype).min)[:, None]
 
     def _index(self, rows: Rows) -> Tensor:
-        return torch.tensor(rows, device=self.device)
+        return upload(torch.tensor(rows), self.device)
 
 
 class TokenSlab:

@@ -9,14 +9,14 @@ rounding of their dtype, its direction over all tokens is still compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from espl_train.engines.base import EngineError, Request, Sample
-from espl_train.learner.logprobs import sequence_logprobs
+from espl_train.learner.logprobs import passage_logprobs
 from espl_train.learner.policy import Policy
 from espl_train.randomness import derive, generator
 
@@ -34,10 +34,11 @@ Passage = tuple[tuple[int, ...], int | None]      # tokens, policy
 class Witness(Protocol):
     """A sampler on trial, asked while nothing else is under way."""
 
-    def draw(self, requests: Sequence[Request]) -> list[Sample]: ...
-
-    def read(self, passages: Sequence[Passage], start: int) -> list[Values]:
-        """Log-probabilities (T=1) of every passage's tokens from `start` on, each under its policy."""
+    def look(
+        self, requests: Sequence[Request], passages: Sequence[Passage], start: int
+    ) -> tuple[list[Sample], list[Values]]:
+        """A sample for every request; and log-probabilities (T=1) of every passage's tokens from `start` on, each under
+        its policy. All at once."""
         ...
 
 
@@ -65,30 +66,52 @@ class Probe:
         """Draw the passages from the base model and prove the base model."""
         vocabulary = self.policy.causal.get_input_embeddings().weight.shape[0]
         heads = [tuple(generator("probe", i).integers(0, vocabulary, GIVEN).tolist()) for i in range(PASSAGES)]
-        drawn = witness.draw([Request(head, DRAWN, derive("probe", i), ()) for i, head in enumerate(heads)])
+        requests = [Request(head, DRAWN, derive("probe", i), ()) for i, head in enumerate(heads)]
+        drawn, _ = witness.look(requests, [], GIVEN)
         self._passages = [head + sample.tokens for head, sample in zip(heads, drawn, strict=True)]
-        self._base = self._last = self._see(witness, None)
+        claimed = _flat(self._claims([(passage, 1.0) for passage in self._passages], None))
+        _, read = witness.look([], self._asked(None), GIVEN)
+        self._base = self._last = Seen(None, claimed, self._agree(read, {None: claimed}))
 
     def prove(self, witness: Witness, version: int) -> None:
-        """The engine serves `version`, which the learner holds now, and beside it still the base model."""
-        seen = self._see(witness, version)
+        """The engine serves `version`, which the learner holds now, and beside it still the base model: over the fixed
+        passages, and in what it samples (decoding, temperature in the log-probabilities, the base model beside it).
+        """
+        laws = [*((version, temperature) for temperature in TEMPERATURES), (None, 1.0)]
+        requests = [
+            Request(passage[:GIVEN], ANSWER, derive("probe", version, i), (), temperature, policy=policy)
+            for i, (passage, (policy, temperature)) in enumerate(zip(self._passages, laws, strict=True))
+        ]
+        samples, read = witness.look(requests, self._asked(None, version), GIVEN)
+        drawn = [(r.tokens + s.tokens, r.temperature) for r, s in zip(requests, samples, strict=True)]
+        fixed = [(passage, 1.0) for passage in self._passages]
+        claims = self._claims([*fixed, *drawn[:-1]], version)
+        answers = [*claims[PASSAGES:], *self._claims(drawn[-1:], None)]
+        claimed = _flat(claims[:PASSAGES])
+        seen = Seen(version, claimed, self._agree(read, {None: self._known, version: claimed}))
         self._moved(seen)
-        self._answers(witness, version)
+        for request, sample, answer in zip(requests, samples, answers, strict=True):
+            self._answered(request, sample, answer)
         self._last = seen
 
     def again(self, witness: Witness, version: int) -> None:
         """The engine still serves `version`, the last that was proven, whatever the learner holds by now."""
         assert self._last is not None and self._last.policy == version
-        self._read(witness, version, self._last.claimed)
+        _, read = witness.look([], self._asked(None, version), GIVEN)
+        self._agree(read, {None: self._known, version: self._last.claimed})
 
-    def _see(self, witness: Witness, version: int | None) -> Seen:
-        claimed = _flat(self._claims(self._passages, version))
-        return Seen(version, claimed, self._read(witness, version, claimed))
+    @property
+    def _known(self) -> Values:
+        """What the learner says of the fixed passages under the base model."""
+        assert self._base is not None
+        return self._base.claimed
 
-    def _read(self, witness: Witness, version: int | None, claimed: Values) -> Values:
-        """What the engine says under `version`, and in the same batch under the base model: they must not mix."""
-        expected = {None: self._base.claimed if self._base else claimed, version: claimed}
-        read = witness.read([(passage, policy) for policy in expected for passage in self._passages], GIVEN)
+    def _asked(self, *policies: int | None) -> list[Passage]:
+        """The fixed passages under all of these, in one batch: they must not mix."""
+        return [(passage, policy) for policy in policies for passage in self._passages]
+
+    def _agree(self, read: Sequence[Values], expected: Mapping[int | None, Values]) -> Values:
+        """What the engine said of the fixed passages, policy after policy, is what was expected; the last of it."""
         served: Values = []
         for i, (policy, claims) in enumerate(expected.items()):
             served = _flat(read[i * PASSAGES : (i + 1) * PASSAGES])
@@ -97,24 +120,19 @@ class Probe:
                 raise self._error(policy, self.distance, "on fixed passages", self._guess(claims, served))
         return served
 
-    def _claims(self, passages: Sequence[Sequence[int]], version: int | None, temperature: float = 1.0) -> list[Values]:
-        """The learner's own log-probabilities, by the code that it trains with."""
-        return self.policy.run(_logprobs, passages, temperature, reference=version is None)
+    def _claims(self, passages: Sequence[tuple[Sequence[int], float]], version: int | None) -> list[Values]:
+        """The learner's own log-probabilities of (tokens, temperature), by the code that it trains with."""
+        return self.policy.run(_logprobs, passages, reference=version is None)
 
-    def _answers(self, witness: Witness, version: int) -> None:
-        """Sampling itself: decoding, temperature in the log-probabilities, the base model in the same batch."""
-        laws = (*((version, temperature) for temperature in TEMPERATURES), (None, 1.0))
-        requests = [
-            Request(passage[:GIVEN], ANSWER, derive("probe", version, i), (), temperature, policy=policy)
-            for i, (passage, (policy, temperature)) in enumerate(zip(self._passages, laws, strict=True))
-        ]
-        for request, sample in zip(requests, witness.draw(requests), strict=True):
-            passage, policy, temperature = request.tokens + sample.tokens, request.policy, request.temperature
-            distance = _mean(self._claims([passage], policy, temperature)[0], sample.logprobs)
-            if not distance <= self.tolerance:
-                plain = _mean(self._claims([passage], policy)[0], sample.logprobs)
-                why = "; they are those of temperature 1" if plain <= self.tolerance else ""
-                raise self._error(policy, distance, f"of tokens that it drew at temperature {temperature:g}", why)
+    def _answered(self, request: Request, sample: Sample, claimed: Values) -> None:
+        """The log-probabilities that a sample came with are the learner's."""
+        distance = _mean(claimed, sample.logprobs)
+        if distance <= self.tolerance:
+            return
+        plain = _mean(self._claims([(request.tokens + sample.tokens, 1.0)], request.policy)[0], sample.logprobs)
+        why = "; they are those of temperature 1" if plain <= self.tolerance else ""
+        where = f"of tokens that it drew at temperature {request.temperature:g}"
+        raise self._error(request.policy, distance, where, why)
 
     def _moved(self, seen: Seen) -> None:
         """What the learner says has changed since the base model, and since the version before, has changed here."""
@@ -147,8 +165,8 @@ class Probe:
 
 
 @torch.no_grad()
-def _logprobs(causal: Any, passages: Sequence[Sequence[int]], temperature: float) -> list[Values]:
-    return [sequence_logprobs(causal, passage, GIVEN, temperature).double().tolist() for passage in passages]
+def _logprobs(causal: Any, passages: Sequence[tuple[Sequence[int], float]]) -> list[Values]:
+    return [found.tolist() for found in passage_logprobs(causal, passages, GIVEN)]
 
 
 def _name(policy: int | None) -> str:

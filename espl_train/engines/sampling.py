@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from espl_train.transfer import upload
+
 
 @dataclass(frozen=True, slots=True)
 class Law:
@@ -29,9 +31,9 @@ class Law:
         """The law of a batch from its rows' settings; the flags let a step skip what no row needs."""
         greedy = [t == 0 for t in temperature]
         return cls(
-            torch.tensor([t or 1.0 for t in temperature], dtype=torch.float32, device=device),
-            torch.tensor(top_p, dtype=torch.float32, device=device),
-            torch.tensor(greedy, device=device),
+            upload(torch.tensor([t or 1.0 for t in temperature], dtype=torch.float32), device),
+            upload(torch.tensor(top_p, dtype=torch.float32), device),
+            upload(torch.tensor(greedy), device),
             any(greedy),
             all(greedy),
             any(t not in (0, 1) for t in temperature),

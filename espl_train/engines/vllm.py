@@ -343,8 +343,9 @@ class _Witness:
     def __init__(self, do: Callable[[Callable[[Core], Any]], Any]) -> None:
         self._do = do
 
-    def draw(self, requests: Sequence[Request]) -> list[Sample]:
-        return self._do(lambda core: core.complete(requests))
-
-    def read(self, passages: Sequence[Passage], start: int) -> list[list[float]]:
-        return self._do(lambda core: core.complete([Score(tokens, start, policy) for tokens, policy in passages]))
+    def look(
+        self, requests: Sequence[Request], passages: Sequence[Passage], start: int
+    ) -> tuple[list[Sample], list[list[float]]]:
+        asked: list[Request | Score] = [*requests, *(Score(tokens, start, policy) for tokens, policy in passages)]
+        found = self._do(lambda core: core.complete(asked))
+        return found[: len(requests)], found[len(requests) :]

@@ -85,6 +85,24 @@ def sequence_logprobs(causal: Any, tokens: Sequence[int], start: int, temperatur
     return token_logprobs(causal, {"input_ids": ids[None]}, before, ids[start:], temperature)[0]
 
 
+def passage_logprobs(causal: Any, passages: Sequence[tuple[Sequence[int], float]], start: int) -> list[Tensor]:
+    """Of each of (tokens, temperature) the log-probabilities of tokens[start:], in one padded forward pass.
+    [len(tokens) - start] each, on the CPU in fp64
+    """
+    device = next(causal.parameters()).device
+    rows = [torch.tensor(tokens) for tokens, _ in passages]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                      # [B, L]
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+    hidden = _hidden(causal, {name: value.to(device) for name, value in inputs.items()})
+    head = head_of(causal)
+    found = [
+        chunked_logprobs(head, hidden[i, start - 1 : len(row) - 1], row[start:].to(device), temperature)[0]
+        for i, (row, (_, temperature)) in enumerate(zip(rows, passages, strict=True))
+    ]
+    return list(torch.cat(found).double().cpu().split([len(row) - start for row in rows]))
+
+
 def chunked_logprobs(
     head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
