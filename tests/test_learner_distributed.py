@@ -94,7 +94,7 @@ def test_two_ranks_learn_what_one_process_learns(
     alone = [one.update(groups) for groups in batches]
     with nursery.learner(config) as two:
         two.load_state_dict(checkpoint.load_newest(tmp_path)[1]["learner"])
-        assert same_tree(two.state_dict(), started)
+        assert same_tree(learnt(two.state_dict()), learnt(started))
         together = [two.update(groups) for groups in batches]
         state = two.state_dict()
         expected, found = gradients(one, random_groups(3)), gradients(two, random_groups(3))
@@ -108,8 +108,13 @@ def test_two_ranks_learn_what_one_process_learns(
     assert agree(expected, found, 2e-6)
     back = Learner.of(config, ALONE)
     back.load_state_dict(state)
-    assert same_tree(back.state_dict(), state)
+    assert same_tree(learnt(back.state_dict()), learnt(state))
     assert back.update(random_groups(4)).loss == pytest.approx(one.update(random_groups(4)).loss, rel=1e-4)
+
+
+def learnt(state: dict[str, Any]) -> dict[str, Any]:
+    """All of a learner's state but what fits into memory, which is another thing where weights are sharded."""
+    return {name: value for name, value in state.items() if name != "room"}
 
 
 def same_tree(one: Any, other: Any) -> bool:
