@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from espl_envs.core.errors import EsplError
@@ -63,12 +62,11 @@ def _parser() -> Parser:
         "Who wrote each principle of a prompt, when, from which others and why, and how the prompts that brought it in "
         "or dropped it fared against their parents.",
     )
-    made.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    made.add_run(step=True)
     made.add_argument(
         "which", metavar="WHICH", nargs="?", default="best",
         help="best (default), root, a prompt's id, also of one that was dropped, or one principle: p0007.G3, or G3 of "
         "the best prompt",
     )  # fmt: skip
-    made.add_argument("--step", metavar="N", type=int, help="of which checkpoint; default: the newest")
     made.add_argument("--json", action="store_true", help="as plain data")
     return made

@@ -91,7 +91,9 @@ class Trainer:
             while not self._final():
                 self._persist(self.iterate())
                 self._stop_where_nobody_answers()
-            return finish(self)
+            self.policy.save_adapter(self.run.path / "policy")
+            warnings, books = self.boxes.notes(), self.client.ledger.table()
+            return finish(self.run, self.islands, self.step, self.totals, self.evaluate, warnings, books)
         finally:
             self.close()
 

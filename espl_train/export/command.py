@@ -28,10 +28,9 @@ def _parser() -> Parser:
         "Write the best prompt of a run as markdown, as JSON with its provenance and as a ready request, and the "
         "adapter. The run is only read, also while it goes on.",
     )
-    made.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    made.add_run(step=True)
     made.add_argument("--out", metavar="DIR", type=Path, help="where to; default: RUN-export. An older export there is "
                       "replaced")
     made.add_argument("--prompt", metavar="ID", default="best", help="best (default), root, or a prompt's id")
-    made.add_argument("--step", metavar="N", type=int, help="of which checkpoint; default: the newest")
     made.add_argument("--merge", action="store_true", help="also a plain model with the adapter merged into it")
     return made

@@ -59,7 +59,7 @@ def _parser() -> Parser:
         "run takes decisions up at its next iteration.",
         "Ids may be shortened. A decision is final; a text of your own passes the same guards as a model's.",
     )
-    made.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    made.add_run()
     made.add_argument("action", nargs="?", choices=ACTIONS, default="list", help="default: list")
     made.add_argument("ids", nargs="*", metavar="ID", help="of children")
     made.add_argument("--file", metavar="FILE", type=Path, help="edit: take the principles from here, one a line, and "

@@ -10,6 +10,7 @@ import importlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from espl_train.settings.options import ConfigError, hint, nearest
@@ -58,6 +59,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"espl-train {name}", description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Page
         )
+
+    def add_run(self, step: bool = False) -> None:
+        """The argument RUN; with `step` also the option --step, for those who read one of its checkpoints."""
+        self.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+        if step:
+            self.add_argument("--step", metavar="N", type=int, help="of which checkpoint; default: the newest")
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
