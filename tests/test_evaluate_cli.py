@@ -48,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 0.2)
+    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 30.0)
     Path("mine.py").write_text(AGENT)
 
 

@@ -1,14 +1,21 @@
-"""What every command does alike: one sentence when something is wrong, and one stop that lets the clean-up finish."""
+"""What every command does alike: one sentence when something is wrong, one stop that lets the clean-up finish, and an
+end that nobody can put off."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
+
+THREADS_S = 5.0         # for threads that would keep a process alive that has nothing left to do
+HOOKS_S = 30.0          # for exit hooks: ours remove sandboxes
 
 
 class Terminated(KeyboardInterrupt):
@@ -55,3 +62,30 @@ def stopped(program: str, stop: KeyboardInterrupt, standing: str) -> int:
 def exit_code(stop: KeyboardInterrupt) -> int:
     """As shells count: 128 and the signal's number."""
     return 143 if isinstance(stop, Terminated) else 130
+
+
+def leave(program: str, code: int) -> NoReturn:
+    """End the process with `code`, as `sys.exit` does; but threads that are no daemons, and exit hooks, which may be a
+    user's own code, are waited for only so long. What is printed on standard output from here on is no result."""
+    try:
+        sys.stdout.flush()
+    except OSError:                             # whoever read it is gone; the interpreter must not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
+    sys.stdout, hooks_run = sys.stderr, threading.Event()
+    atexit.register(hooks_run.set)              # the last one that is registered is the first one that runs
+    threading.Thread(target=_insist, args=(program, code, hooks_run), name="espl-leave", daemon=True).start()
+    sys.exit(code)
+
+
+def _insist(program: str, code: int, hooks_run: threading.Event) -> None:
+    """End the process if it does not end by itself. The interpreter joins threads first, and runs exit hooks then: they
+    run in any case."""
+    if hooks_run.wait(THREADS_S):
+        time.sleep(HOOKS_S)
+    else:
+        complain(program, "done; threads that were left behind did not end, and nobody waits for them", code)
+        hooks = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+        hooks.start()
+        hooks.join(HOOKS_S)
+    os._exit(code)

@@ -5,7 +5,8 @@
 
 - `messages` is the whole conversation, `message.to_openai()` the dict that servers take; `tools` are OpenAI schemas
   (`tool.to_openai()`). Return a text, a `Message`, its dict, or a `Reply` that also says what the model calls took.
-- A plain function runs in a thread, many at once; an `async def` is awaited on the event loop and must not block it.
+- A plain function runs in a thread, many at once; an `async def` is awaited on an event loop that all its episodes
+  share, and must not block it.
 - A class is made anew for every episode, so that an agent may remember its episode; it is called like the function. If
   it has a method `close`, that is called at the end. Any other object is shared by all episodes.
 - `mypackage` is found in the current folder, too, and may be a file: `path/to/agent.py:agent`.
@@ -18,7 +19,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,11 @@ from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Conversation, ToolSpec
 from espl_envs.evaluate.agents import Act, AgentFailed, Reply, Seat, ToolSyntax, as_reply, failure, sentence
 from espl_envs.evaluate.config import AgentConfig
-from espl_envs.evaluate.threads import Threads
+from espl_envs.evaluate.threads import Loop, Threads
 
 CLOSE_S = 10.0
+STILL_S = 5.0           # without a sign of life of the agent's event loop, before that is said
+BLOCKED = "an `async def` agent must await what takes time, or be a plain function"
 
 
 class CallableDoor:
@@ -56,17 +59,19 @@ class CallableDoor:
             yield agent
         finally:
             agent.threads.close()
+            agent.loop.close()
 
 
 class CallableAgent:
     """Asks a callable, or an instance of a class per episode."""
 
     def __init__(self, target: Any, timeout: float) -> None:
-        self.target, self.timeout, self.threads = target, timeout, Threads()
+        self.target, self.timeout, self.threads, self.loop = target, timeout, Threads(), Loop()
 
     def standing(self) -> str:
-        """Nothing to tell."""
-        return ""
+        """Whether one episode keeps the others waiting."""
+        still = self.loop.still()
+        return f"the agent's event loop has stood still for {still:.0f} s: {BLOCKED}" if still > STILL_S else ""
 
     @asynccontextmanager
     async def sit(self, seat: Seat) -> AsyncIterator[Act]:
@@ -88,7 +93,7 @@ class CallableAgent:
         """The result of the agent's code. Raises AgentFailed for whatever it raises, and at the timeout; a coroutine
         that does not let itself be cancelled is left behind."""
         limit = self.timeout if timeout is None else timeout
-        task = asyncio.create_task(self._caught(call, threaded))
+        task = asyncio.create_task(self._said(call, threaded))
         try:
             await asyncio.wait({task}, timeout=limit)
         finally:
@@ -102,13 +107,17 @@ class CallableAgent:
             raise failure(problem) from problem
         return value
 
-    async def _caught(self, call: Callable[[], Any], threaded: bool) -> tuple[Any, BaseException | None]:
-        """Exceptions as values: SystemExit out of a task would end the loop that everybody shares."""
+    async def _said(self, call: Callable[[], Any], threaded: bool) -> tuple[Any, BaseException | None]:
+        """What the agent's code comes to; exceptions as values, since SystemExit out of a task would end the loop."""
         try:
-            said = await self.threads.run(call) if threaded else call()
-            return (await said if inspect.isawaitable(said) else said), None
+            said = await self.threads.run(call) if threaded else await self.loop.run(call)
+            return (await self.loop.run(partial(_awaited, said)) if inspect.isawaitable(said) else said), None
         except BaseException as problem:
             return None, problem
+
+
+async def _awaited(said: Awaitable[Any]) -> Any:
+    return await said
 
 
 def _is_async(target: Any) -> bool:

@@ -7,7 +7,6 @@ The answer is on stdout, everything else on stderr.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import difflib
 import json
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import gymnasium.error
 
@@ -45,9 +44,14 @@ class _Ended(EsplError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    secret = Secret()
+    """Run one command and return its exit code; without `argv`, end the process with it."""
+    if argv is None:
+        commandline.leave("espl-eval", _main(sys.argv[1:]))
+    return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    words, secret = list(argv), Secret()
     try:
         if words and not words[0].startswith("-"):
             return _command(words[0])(words[1:])
@@ -135,11 +139,12 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
 
 def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:
     _packages()
+    answer = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr):        # what an agent prints is no part of the answer
+        with contextlib.redirect_stdout(sys.stderr):        # what an agent prints, whenever, is no part of the answer
             prepared = _prepare(chosen, words)
             early = _played(prepared)
-        refused = _results(prepared.out, chosen.allow_faults, chosen.json, chosen.out)
+            refused = _results(prepared.out, chosen.allow_faults, chosen.json, chosen.out, answer)
     except _Ended as problem:
         return _complain(f"{problem}\n{prepared.standing()}", 2)
     except KeyboardInterrupt as stop:
@@ -190,39 +195,38 @@ async def _play(prepared: _Evaluation, directory: RunDirectory, agent: Agent) ->
         progress.standing = agent.standing
         if directory.torn:
             progress.warn(f"the last record was cut off ({directory.torn} bytes); its episode is played again")
-        beat = asyncio.create_task(progress.beat())
         try:
             await Runner(directory, prepared.arenas, agent, prepared.limits, progress, prepared.secret).run()
         except Halted:
             raise
         except EsplError as problem:
             raise _Ended(str(problem)) from problem
-        finally:
-            beat.cancel()
 
 
-def _results(run: Path, allow_faults: bool, as_json: bool, called: Path | None = None) -> str | None:
-    """summary.json and report.html, and the table on stdout; why there is no headline, if there is none. `called`: the
-    run as the user says it."""
+def _results(
+    run: Path, allow_faults: bool, as_json: bool, called: Path | None = None, to: TextIO | None = None
+) -> str | None:
+    """summary.json and report.html, and the table on stdout (or `to`); why there is no headline, if there is none.
+    `called`: the run as the user says it."""
     from espl_envs.evaluate.report import write_report
     from espl_envs.evaluate.summary import summarise
 
     summary = summarise(run, allow_faults=allow_faults)
     page = write_report(run, allow_faults=allow_faults)
-    _show(summary, as_json)
+    _show(summary, as_json, to)
     if not as_json:
-        print(f"report: {printable(str((called or run) / page.name))}")
+        print(f"report: {printable(str((called or run) / page.name))}", file=to)
     return summary.refused
 
 
-def _show(result: Any, as_json: bool) -> None:
-    """A result on stdout: JSON, or a table as wide as it needs to be where nobody looks."""
+def _show(result: Any, as_json: bool, to: TextIO | None = None) -> None:
+    """A result on stdout (or `to`): JSON, or a table as wide as it needs to be where nobody looks."""
     from rich.console import Console
 
     if as_json:
-        print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(result.to_json(), indent=1, ensure_ascii=False), file=to)
         return
-    console = Console(highlight=False)
+    console = Console(file=to, highlight=False)
     if not console.is_terminal:
         console.width = 160
     console.print(result)

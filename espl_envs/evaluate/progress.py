@@ -5,7 +5,6 @@ All of it goes to stderr. Sentences that quote an agent or a server are freed of
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -20,8 +19,6 @@ from espl_envs.evaluate.records import Episode, Outcome, TurnUsage
 EVERY_S = 15.0
 SHOWN = 3               # sentences in the panel
 TOLD = 5                # different sentences that are told elsewhere
-STILL_S = 5.0           # without a sign of life of the event loop, before that is said
-BLOCKED = "an `async def` agent must await what takes time, or be a plain function"
 
 
 @dataclass(slots=True)
@@ -70,7 +67,6 @@ class Progress:
         except ImportError:
             raise MissingExtra("eval", "espl-eval") from None
         self.standing: Callable[[], str] = str
-        self.pulse: float | None = None                 # when the event loop was last seen to turn
         self._out = console or Console(stderr=True, highlight=False)
         self._total, self._title, self._quiet, self._clock = total, title, quiet, clock
         self._mean, self._outcomes = RunningMean(), Counter[Outcome]()
@@ -99,12 +95,6 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-    async def beat(self) -> None:
-        """Shows, as a task of its own, that the event loop turns."""
-        while True:
-            self.pulse = self._clock()
-            await asyncio.sleep(1.0)
 
     def paid(self, usage: TurnUsage) -> None:
         """A model call was made."""
@@ -141,7 +131,7 @@ class Progress:
             for outcome, word in ((Outcome.FAULT, "fault"), (Outcome.AGENT_ERROR, "agent error")):
                 if count := self._outcomes[outcome]:
                     parts.append(f"{count:,} {word}{'s' if count > 1 else ''}")
-            parts += [self.standing(), self._left(seconds), self._blocked()]
+            parts += [self.standing(), self._left(seconds)]
         return ", ".join(part for part in parts if part)
 
     def _count(self, episode: Episode) -> None:
@@ -157,11 +147,6 @@ class Progress:
         if not self._played or self._done >= self._total:
             return ""
         return f"{duration(seconds / self._played * (self._total - self._done))} left"
-
-    def _blocked(self) -> str:
-        """The loop that everybody shares stands still when one agent does not await."""
-        still = 0.0 if self.pulse is None else self._clock() - self.pulse
-        return f"the event loop has stood still for {duration(still)}: {BLOCKED}" if still > STILL_S else ""
 
     def _say(self, text: str) -> None:
         if not self._quiet:

@@ -37,7 +37,7 @@ class Scribe:
         """Wait for what is being written."""
         if self._work is not None:
             await self._work
-        await asyncio.to_thread(self._thread.shutdown)
+        self._thread.shutdown()             # at once: it is idle
 
     async def _write_all(self) -> None:
         loop = asyncio.get_running_loop()
