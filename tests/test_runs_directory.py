@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from espl_envs.core.errors import EsplError
 from espl_train.config import Config
-from espl_train.runs.directory import RunDirectory, RunError, default_path
+from espl_train.runs import directory
+from espl_train.runs.directory import RunDirectory, RunError, default_path, read_config
 from espl_train.runs.metrics import JsonLines, RunLog, plain, read_lines
 from espl_train.settings import override
 
@@ -171,6 +173,95 @@ def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     RunDirectory.open(tmp_path / "run").close()
+
+
+START = """
+import sys
+from pathlib import Path
+from espl_train.config import Config
+from espl_train.runs.directory import RunDirectory
+from espl_train.settings import override
+run = RunDirectory.create(override(Config(), {"out": sys.argv[1], "tensorboard": False}))
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_new_run_does_not_enter_where_another_one_is_at_work(tmp_path: Path) -> None:
+    """Two real processes: who is there is told, whatever the newcomer's settings; its death frees the directory."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", START, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    for changes in ({}, {"seed": 9}):
+        with pytest.raises(RunError, match=f"in use by another espl-train .process {holder.pid}"):
+            RunDirectory.create(config(tmp_path / "run", **changes))
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    holder.kill()
+    holder.communicate()
+    with pytest.raises(RunError, match="holds this very run already; continue it with"):
+        RunDirectory.create(config(tmp_path / "run"))
+    with RunDirectory.open(tmp_path / "run") as run:
+        assert run.restore() is None
+
+
+def test_whoever_comes_second_to_a_new_directory_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found it absent; the first one has begun and died before the second one has the lock."""
+    acquire = directory._acquire
+
+    def late(path: Path) -> int:
+        monkeypatch.setattr(directory, "_acquire", acquire)
+        RunDirectory.create(config(tmp_path / "run", seed=1)).close()
+        return acquire(path)
+
+    monkeypatch.setattr(directory, "_acquire", late)
+    with pytest.raises(RunError, match="seed: 1 there, 2 here"):
+        RunDirectory.create(config(tmp_path / "run", seed=2))
+    assert read_config(tmp_path / "run").seed == 1
+    RunDirectory.open(tmp_path / "run").close()             # the one that was refused holds nothing
+
+
+def test_a_lock_in_a_directory_that_was_just_removed_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lockf, run = directory.fcntl.lockf, RunDirectory.create(config(tmp_path / "run"))
+
+    def slow(handle: int, how: int) -> None:
+        monkeypatch.setattr(directory.fcntl, "lockf", lockf)
+        run.abandon()
+        (tmp_path / "run").mkdir()
+        lockf(handle, how)
+
+    monkeypatch.setattr(directory.fcntl, "lockf", slow)
+    directory._held.clear()                                 # as in another process
+    handle = directory._acquire(tmp_path / "run")
+    assert directory._is(handle, tmp_path / "run" / ".lock")
+    directory._release(tmp_path / "run", handle)
+
+
+def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".writing-00-config.toml"):
+        (tmp_path / "run" / name).write_text("")
+    RunDirectory.create(config(tmp_path / "run")).close()
+
+
+@pytest.mark.parametrize("name", ["config.toml", ".lock", "metrics.jsonl", "rollouts"])
+def test_a_run_directory_that_is_not_as_it_should_be_is_a_sentence(name: str, tmp_path: Path) -> None:
+    RunDirectory.create(config(tmp_path / "run")).close()
+    path = tmp_path / "run" / name
+    if path.is_dir():
+        path.rmdir()
+        path.write_text("")
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(EsplError, match=name):
+        RunDirectory.open(tmp_path / "run")
+    assert not directory._held
 
 
 def test_one_process_does_not_open_a_run_twice(tmp_path: Path) -> None:

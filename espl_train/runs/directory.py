@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import gzip
 import json
@@ -17,7 +18,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -55,7 +56,8 @@ class RunDirectory:
         self.path, self.config, self.warn = path, config, warn
         self._lock: int | None = lock
         for folder in (self.rollouts, self.population, self.checkpoints):
-            folder.mkdir(exist_ok=True)
+            with disk.explained(folder):
+                folder.mkdir(exist_ok=True)
         sinks = {"TensorBoard": self._tensorboard} if config.tensorboard else {}
         self.log = RunLog(path, sinks, lambda text: self.warn(text))
         self._restored: int | None = None
@@ -65,15 +67,15 @@ class RunDirectory:
     def create(cls, config: Config, warn: Callable[[str], None] = checkpoint.to_stderr) -> Self:
         """A new run directory for `config`. Raises RunError where the directory is in use or holds something else."""
         path = Path(config.out) if config.out else default_path(config)
-        if path.exists():
-            _refuse_foreign(path, config)
+        refuse_taken(path, config)                 # before there is a lock file in somebody's folder
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"The run directory {path} cannot be made: {error.strerror}.") from None
-        lock = _acquire(path)
-        disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
-        run = cls(path, config, lock, warn)
+        with _locked(path) as lock:
+            _refuse_other(path, config)            # another start may have been quicker
+            disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
+            run = cls(path, config, lock, warn)
         run._fresh = True
         return run
 
@@ -82,12 +84,13 @@ class RunDirectory:
         cls, path: Path, overrides: Mapping[str, Any] | None = None, warn: Callable[[str], None] = checkpoint.to_stderr
     ) -> Self:
         """An existing run, to be continued with its own configuration; only harmless options may be overridden."""
-        stored = read_config(path)
-        config = continued(path, stored, overrides or {})
-        lock = _acquire(path)
-        if config != stored:
-            disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
-        return cls(path, config, lock, warn)
+        read_config(path)
+        with _locked(path) as lock:
+            stored = read_config(path)             # as the last owner left it
+            config = continued(path, stored, overrides or {})
+            if config != stored:
+                disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
+            return cls(path, config, lock, warn)
 
     @property
     def rollouts(self) -> Path:
@@ -113,8 +116,9 @@ class RunDirectory:
     def standing(self) -> str:
         """Where the run stands and how it goes on, in one sentence."""
         step = self.saved_step
-        saved = "nothing is saved yet" if step is None else f"{step} of {self.config.steps} steps are saved"
-        return f"{saved} in {self.path}; continue with: {self.resume_command}"
+        if step is None:
+            return f"nothing is saved yet in {self.path}; start again, with the same settings: {self.resume_command}"
+        return f"{step} of {self.config.steps} steps are saved in {self.path}; continue with: {self.resume_command}"
 
     def save(self, step: int, payloads: Mapping[str, Any]) -> Path:
         """Checkpoint after `step`: `payloads` and the present length of the logs, atomically."""
@@ -162,10 +166,10 @@ class RunDirectory:
 
     def abandon(self) -> None:
         """Close; a directory in which nothing has happened yet goes, so that a failed start leaves nothing behind."""
-        untouched = self._fresh and self.saved_step is None and not any(self.log.sizes().values())
+        if self._fresh and self.saved_step is None and not any(self.log.sizes().values()):
+            self.log.close()
+            shutil.rmtree(self.path, ignore_errors=True)        # while it is ours: whoever comes next begins anew
         self.close()
-        if untouched:
-            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Close the logs and give the directory free."""
@@ -204,9 +208,13 @@ def read_config(path: Path) -> Config:
         close = sorted(p.parent for p in path.parent.glob(f"*/{CONFIG}"))[-3:] if path.parent.is_dir() else []
         others = f" There are: {', '.join(map(str, close))}." if close else ""
         raise RunError(f"There is no run directory {path}.{others}")
-    if not (path / CONFIG).is_file():
+    if not (path / CONFIG).exists():
         raise RunError(f"{path} is no run directory: it has no {CONFIG}.")
-    return from_toml((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
+    try:
+        text = (path / CONFIG).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RunError(f"{path / CONFIG} cannot be read: {problem}.") from None
+    return from_toml(text, str(path / CONFIG))
 
 
 def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Config:
@@ -227,13 +235,24 @@ def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Confi
     return config
 
 
-def _refuse_foreign(path: Path, config: Config) -> None:
-    """Raises RunError unless `path` is an empty directory (a stale lock file aside)."""
+def refuse_taken(path: Path, config: Config) -> None:
+    """Raises RunError unless `path` is free for a new run: absent, or empty but for what a start that died leaves."""
+    if not path.exists():
+        return
     if not path.is_dir():
         raise RunError(f"{path} is a file: choose another --out.")
-    if not (path / CONFIG).is_file():
-        if any(p.name != LOCK for p in path.iterdir()):
-            raise RunError(f"{path} is not empty and is no run directory: choose another --out.")
+    if (path / CONFIG).exists():
+        lock = _acquire(path)                       # whoever is at work there is told of first
+        try:
+            _refuse_other(path, config)
+        finally:
+            _release(path, lock)
+    elif any(p.name != LOCK and not p.name.startswith(disk.WRITING) for p in path.iterdir()):
+        raise RunError(f"{path} is not empty and is no run directory: choose another --out.")
+
+
+def _refuse_other(path: Path, config: Config) -> None:
+    if not (path / CONFIG).exists():
         return
     changed = differences(read_config(path), config, ("out",))
     if changed:
@@ -256,24 +275,51 @@ def _record(item: Any) -> Any:
     return plain(dataclasses.asdict(item) if dataclasses.is_dataclass(item) and not isinstance(item, type) else item)
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The directory is this process's until the lock is released, or by itself again where the block fails."""
+    lock = _acquire(path)
+    try:
+        yield lock
+    except BaseException:
+        _release(path, lock)
+        raise
+
+
 def _acquire(path: Path) -> int:
     """Lock the directory for this process. The kernel gives it free when the process dies, however it dies."""
     path = path.resolve()
     if path in _held:
         raise RunError(f"{path} is in use by this very process.")
-    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(handle, 64).decode("ascii", "replace").strip()
-        os.close(handle)
-        raise RunError(
-            f"{path} is in use by another espl-train (process {owner or 'unknown'}): wait for it or stop it."
-        ) from None
+    while True:
+        try:
+            handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"The run directory {path} cannot be used: {LOCK}: {error.strerror}.") from None
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(handle, 64, 0).decode("ascii", "replace").strip()
+            os.close(handle)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise RunError(f"The run directory {path} cannot be locked: {error.strerror}.") from None
+            raise RunError(
+                f"{path} is in use by another espl-train (process {owner or 'unknown'}): wait for it or stop it."
+            ) from None
+        if _is(handle, path / LOCK):
+            break
+        os.close(handle)                # of a run that was abandoned, and its directory removed, just now
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     _held.add(path)
     return handle
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _release(path: Path, handle: int) -> None:

@@ -49,8 +49,9 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _cut_torn(path)
-        self._file = path.open("ab", buffering=0)       # nothing is left to be written when a full disk ends the run
+        with explained(path):
+            _cut_torn(path)
+            self._file = path.open("ab", buffering=0)   # nothing is left to be written when a full disk ends the run
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises DiskError; what was written of it then is no line."""
