@@ -133,20 +133,25 @@ class Profile:
                 yield trace.piece
             finally:
                 path = self.folder / f"step-{step:06d}-{name}.json.gz"
-                trace.write(path)
+                with self.span(f"{name}/trace"):
+                    trace.write(path)
                 self.traces.append(path)
         finally:
             self._open.release()
 
     def table(self) -> str:
-        """Seconds, share and tokens per second by phase; then inside the update and inside the engine."""
+        """Seconds, share and tokens per second by phase; then inside the update, of which they are shares, and inside
+        the engine, which is at work in several phases. What writing a trace took stands there, too."""
         whole = sum(spent.seconds for spent in self.phases.whole.values()) or 1.0
         lines = [_HEAD, *(_line(name, spent, whole) for name, spent in self.phases.whole.items())]
         for group in INSIDE:
             parts = {n: s for n, s in self.inside.items() if n.startswith(f"{group}/")}
-            total = sum(spent.seconds for spent in parts.values()) or 1.0
+            known = sum(spent.seconds for spent in parts.values())
+            phase = self.phases.whole.get(group, Spent(known))
+            if phase.seconds > known:
+                parts[f"{group}/other"] = Spent(phase.seconds - known, phase.times)
             lines += ["", f"inside: {group}"] if parts else []
-            lines += [_line(f"  {name.partition('/')[2]}", spent, total) for name, spent in parts.items()]
+            lines += [_line(f"  {n.partition('/')[2]}", s, phase.seconds or 1.0) for n, s in parts.items()]
         memory = "   ".join(f"{name} {mib:,.0f} MiB" for name, mib in self.memory().items())
         return "\n".join([*lines, "", f"peak memory: {memory}", *(f"trace: {path}" for path in self.traces)])
 

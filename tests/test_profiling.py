@@ -49,13 +49,18 @@ def test_the_table_counts_the_tokens_that_the_metrics_count(profiled: Path) -> N
         assert told["phases"][phase]["times"] == 2
     inside = {name: account["seconds"] for name, account in told["inside"].items()}
     assert set(inside) == {
-        *("update/pack", "update/forward", "update/backward", "update/optimiser"),
-        *("sampling/prefill", "sampling/decode"),
+        *("update/pack", "update/forward", "update/backward", "update/optimiser", "update/trace"),
+        *("sampling/prefill", "sampling/decode", "sampling/trace"),
     }
     assert sum(v for k, v in inside.items() if k.startswith("update")) <= told["phases"]["update"]["seconds"]
     assert told["peak_memory_mib"]["process"] > 100
     table = (profiled / "profile" / "phases.txt").read_text()
     assert all(word in table for word in ("rollouts", "reflection", "backward", "decode", "peak memory"))
+    update = table.partition("inside: update\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in update][-2:] == ["trace", "other"]
+    seconds, shares = (sum(float(line.split()[i].rstrip("%")) for line in update) for i in (1, 2))
+    assert seconds == pytest.approx(told["phases"]["update"]["seconds"], abs=0.05)
+    assert shares == pytest.approx(100, abs=1)
 
 
 def test_traces_are_of_the_step_asked_for_and_show_the_work(profiled: Path) -> None:
