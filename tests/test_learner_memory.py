@@ -146,6 +146,22 @@ def test_a_resumed_run_knows_what_did_not_fit_and_learns_the_same(monkeypatch):
     assert elsewhere.limits == learner().limits and not elsewhere.policy.checkpointing
 
 
+def test_what_was_learnt_before_memory_ran_out_is_not_learnt_twice(monkeypatch):
+    who, plain = learner(micro_batch_tokens=60), learner(micro_batch_tokens=60)
+    accumulate, sizes = who._accumulate, []
+
+    def once(batch: MicroBatch, *rest: Any) -> None:
+        sizes.append(batch.size)
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError(CUDA)
+        accumulate(batch, *rest)
+
+    monkeypatch.setattr(who, "_accumulate", once)
+    report, expected = who.update(related_groups(0)), plain.update(related_groups(0))
+    assert len(sizes) > 3
+    assert (report.grad_norm, report.loss, report.tokens) == (expected.grad_norm, expected.loss, expected.tokens)
+
+
 def test_where_not_even_one_sequence_fits_the_knobs_are_named_and_nothing_has_changed(monkeypatch):
     who = learner()
     before = who.policy.state()

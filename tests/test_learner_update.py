@@ -165,6 +165,7 @@ def test_a_gradient_that_is_not_finite_steps_nothing_and_is_counted(poison):
     bad = random_groups(1)
     bad[0] = group(rollout(1.0, logprobs=[[-1.0, poison]]), advantages=(1.0,))
     assert who.update(bad).skipped == "gradient not finite"
+    assert (who.steps, who.policy.version, dict(who.skipped)) == (1, 1, {"gradient not finite": 1})
     assert same(weights, list(who.policy.state().values()))
     assert same(before, moments(who))
     assert all(p.grad is None for p in who.policy.trainable_parameters().values())
