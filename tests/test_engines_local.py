@@ -167,6 +167,22 @@ def test_what_nobody_needs_any_more_is_given_back(world: World) -> None:
     assert not world.engine._decoder.slab.cache.slabs and not world.engine._decoder.memory.held
 
 
+def test_what_a_row_left_behind_is_no_prefix_once_another_stands_there(world: World) -> None:
+    """Rows move up when others end; the memory of those is what it happens to be."""
+
+    async def everything() -> Sample:
+        long = asyncio.create_task(world.engine.sample(request([60], max_new=50, stop_ids=())))
+        await asyncio.gather(*(world.engine.sample(request(prompt, seed=i, max_new=1)) for i in range(2)))
+        late = await world.engine.sample(after)
+        await long
+        return late
+
+    prompt = range(2, 40)
+    after = request([*prompt, 50])
+    late = asyncio.run(everything())
+    assert late.logprobs == pytest.approx(world.expected(after, late), abs=1e-5)
+
+
 @pytest.mark.parametrize("slots", [1, 3, 7])
 def test_more_requests_than_slots_are_served_in_turn(slots: int) -> None:
     roomy, tight = local_world(), local_world()
