@@ -221,6 +221,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_an_exported_adapter_loads_with_peft_and_acts_the_same(tmp_path):
     policy = tiny_policy(adapter=0.1)
     policy.save_adapter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
     assert torch.equal(logits(loaded), logits(policy.model))
 

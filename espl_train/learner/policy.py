@@ -177,6 +177,7 @@ class Policy:
         """Write what was trained: a PEFT adapter in LoRA mode, the whole model with its tokenizer in full mode."""
         if self.config.mode == "lora":
             self.model.save_pretrained(str(folder), save_embedding_layers=False)     # "auto" would ask the hub
+            (Path(folder) / "README.md").unlink(missing_ok=True)                     # PEFT's card: a form, all empty
         else:
             self.save_merged(folder)
 
