@@ -132,7 +132,7 @@ def test_wherever_it_is_cut_the_cache_holds_what_was_written() -> None:
             start, count = draw.randrange(width - 8), 8
             new = torch.randn(2, 2, count, 3)
             batch, column = torch.ones(2, count).nonzero(as_tuple=True)
-            targets = cache.targets(rows[batch], start + column, batch, column)
+            targets = cache.targets(rows[batch], start + column, batch, column, torch.device("cpu"))
             cache.plan = Plan(slice(0, 5), width, targets)
             cache.update(new, -new, 0)
             expected[rows, :, start : start + count] = new
