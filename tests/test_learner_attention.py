@@ -118,7 +118,9 @@ def test_what_cannot_be_packed_is_said_and_padded(name):
     assert note.startswith("the model is trained on padded rows: ")
     assert reason in note
     (batch,) = who._micro_batches(related_groups(0))
-    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+    assert set(batch.inputs) == {"input_ids"}
+    padded = gradient(who, who.limits)                # padding is seen by nobody, though no mask hides it
+    assert apart(gradient(who, Limits(1, packed=False)), padded) < 1e-4
     report = who.update(related_groups(0))
     assert report.notes == (note,)
     assert report.skipped is None

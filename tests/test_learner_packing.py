@@ -30,7 +30,6 @@ def test_contexts_and_sampled_ids_alternate_and_only_sampled_ids_are_targets():
     short = rollout(0.0, [((2, 3), (10,))], [[-0.4]], sample=1)
     (batch,) = pack(training_sequences([group(short, two_turns, advantages=(-1.0, 1.0))]), PADDED)
     assert batch.inputs["input_ids"].tolist() == [[2, 3, 4, 5, 6, 7, 8], [2, 3, 0, 0, 0, 0, 0]]
-    assert batch.inputs["attention_mask"].tolist() == [[1] * 7, [1, 1, 0, 0, 0, 0, 0]]
     assert batch.targets.tolist() == [4, 5, 9, 10]
     assert batch.before.tolist() == [1, 2, 6, 7 + 1]
     assert batch.behaviour.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])

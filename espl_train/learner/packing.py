@@ -169,7 +169,11 @@ class _InOneRow(_Layout):
 
 
 class _Padded(_Layout):
-    """Falling length: a row is as long as the first of its micro-batch, padded on the right."""
+    """Falling length: a row is as long as the first of its micro-batch, padded on the right.
+
+    No mask says so: what is causal does not look to the right, and what stands there is not learnt from. A mask would
+    cost a GPU its fastest kernel.
+    """
 
     def __init__(self, sequences: Sequence[TrainingSequence], width: int) -> None:
         super().__init__(sorted(sequences, key=lambda s: -len(s.ids)), width)
@@ -181,7 +185,4 @@ class _Padded(_Layout):
     def build(self, first: int, last: int) -> tuple[dict[str, Any], list[Tensor]]:
         rows = [s.ids for s in self.sequences[first:last]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                            # [B, L]
-        column = torch.arange(ids.shape[1])
-        lengths = torch.tensor([len(row) for row in rows])
-        places = list(torch.arange(ids.numel()).view_as(ids))
-        return {"input_ids": ids, "attention_mask": (column < lengths[:, None]).long()}, places
+        return {"input_ids": ids}, list(torch.arange(ids.numel()).view_as(ids))
