@@ -5,9 +5,14 @@ Programs are small Python scripts that know nothing of this package: they read t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from test_evaluate_endpoint import after_hello
 
 from espl_envs.core.messages import Message, ToolCall
 from espl_envs.evaluate import doors, proxy
+from espl_envs.evaluate import program as program_module
 from espl_envs.evaluate.agents import Reply
 from espl_envs.evaluate.cli import main
 from espl_envs.evaluate.config import Prices
@@ -162,17 +168,39 @@ def test_whatever_a_program_does_is_an_outcome(tmp_path: Path, body: str, outcom
     assert (tmp_path / "run/episodes.jsonl").stat().st_size < 200_000
 
 
-def test_children_are_killed_and_folders_are_removed(tmp_path: Path) -> None:
-    body = f"""
-        import subprocess
-        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(300)"])
-        open({str(tmp_path / "child")!r}, "w").write(f"{{child.pid}} {{os.getcwd()}}")
-        print("\\\\boxed{{50}}")
-    """
-    [episode] = run(tmp_path, body)
-    pid, folder = (tmp_path / "child").read_text().split()
-    assert episode.score == 1.0 and episode.seconds < 30 and not Path(folder).exists()
-    assert not alive(int(pid))
+HIDES = """
+    import subprocess
+    SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(300)"]
+    pids = [subprocess.Popen(SLEEP).pid, subprocess.Popen(SLEEP, start_new_session=True).pid]
+    down, up = os.pipe()
+    if os.fork() == 0:                          # as daemons do: a session of its own, and an orphan in it
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(up, str(os.getpid()).encode())
+        os.chdir("/")
+        os.closerange(0, 64)
+        os.execve(sys.executable, SLEEP, {{}})    # nothing about it tells where it comes from
+    pids.append(int(os.read(down, 16)))
+    open({seen!r}, "w").write(" ".join(map(str, [os.getcwd(), *pids])))
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end, outcome", [
+    ("print('\\\\boxed{50}')", Outcome.ANSWERED), ("import time; time.sleep(300)", Outcome.AGENT_ERROR),
+])  # fmt: skip
+def test_nothing_outlives_its_episode_wherever_it_hides(tmp_path: Path, end: str, outcome: Outcome) -> None:
+    """Children, children in a session of their own, and daemons; and nobody is hit who has nothing to do with it."""
+    with subprocess.Popen(["sleep", "300"], start_new_session=True) as bystander:
+        try:
+            [episode] = run(tmp_path, HIDES.format(seen=str(tmp_path / "seen"), end=end), timeout=3.0)
+            folder, *pids = (tmp_path / "seen").read_text().split()
+            assert episode.outcome is outcome and not Path(folder).exists()
+            assert len(pids) == 3 and not any(alive(int(pid)) for pid in pids)
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
 
 
 def alive(pid: int) -> bool:
@@ -187,12 +215,38 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_the_mutant_that_kills_the_program_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "killpg", os.kill)
-    monkeypatch.setattr("espl_envs.evaluate.program.DRAIN_S", 0.1)
+def test_the_mutant_that_adopts_nobody_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    careless = tmp_path / "warden.py"
+    careless.write_text(program_module.WARDEN.read_text().replace("prctl(SUBREAPER, 1,", "prctl(SUBREAPER, 0,"))
+    monkeypatch.setattr(program_module, "WARDEN", careless)
+    monkeypatch.setattr(program_module, "DRAIN_S", 0.1)
     with pytest.raises(AssertionError):
-        test_children_are_killed_and_folders_are_removed(tmp_path)
-    os.kill(int((tmp_path / "child").read_text().split()[0]), 9)
+        test_nothing_outlives_its_episode_wherever_it_hides(tmp_path, "pass", Outcome.NO_ANSWER)
+    for pid in (tmp_path / "seen").read_text().split()[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_program_dies_with_the_evaluation(tmp_path: Path) -> None:
+    """However that ends: the kernel closes the lifeline."""
+    ours, theirs = socket.socketpair()
+    script = f"echo $$ > {tmp_path / 'pid'}; setsid sleep 300 & echo $! >> {tmp_path / 'pid'}; wait"
+    words = [sys.executable, "-I", "-S", str(program_module.WARDEN), "/bin/sh", "-c", script]
+    with subprocess.Popen(words, stdin=theirs) as process:
+        while not (tmp_path / "pid").exists() or (tmp_path / "pid").read_text().count("\n") < 2:
+            time.sleep(0.01)
+        theirs.close()
+        ours.close()
+        assert process.wait(20) == 0
+    assert not any(alive(int(pid)) for pid in (tmp_path / "pid").read_text().split())
+
+
+def test_a_program_that_cannot_be_started_is_the_agents_error(tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(b"no program at all")
+    (tmp_path / "odd").chmod(0o755)
+    door = doors.choose(Wanted(command=f"{tmp_path / 'odd'} {{task_file}}"))
+    [episode] = play(tmp_path / "run", door, ADD, limit=1)
+    assert episode.outcome is Outcome.AGENT_ERROR and episode.error == "the command cannot be run: Exec format error"
 
 
 def test_the_reference_answer_is_not_told(tmp_path: Path) -> None:

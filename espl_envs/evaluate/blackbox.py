@@ -12,8 +12,8 @@ recording proxy (`proxy.py`), and the real key is not in the program's environme
 
 The answer is what stands in `answer_file` when the program has ended, else the end of what it printed (64 KB). Where
 the environment asks on after an answer, the command is run again with the longer conversation. Exit codes other than 0,
-and more than `--timeout` seconds of its own, are the agent's errors; at the end of an episode the program's whole
-process group is killed. The program is the user's own code: it is not in a sandbox.
+and more than `--timeout` seconds of its own, are the agent's errors; at the end of an episode whatever the program has
+started is killed, in whatever session it hides. The program is the user's own code: it is not in a sandbox.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,9 +210,9 @@ class _Table:
     async def _answer(self) -> Message:
         """The program has ended."""
         assert self.program is not None
-        code = self.program.process.returncode
-        printed, complaint = await self.program.end()
-        self.program = None
+        program, self.program = self.program, None
+        code = program.process.returncode
+        printed, complaint = await program.end()
         if code and self.ledger.used_up:
             raise ContextExceeded(f"{self.ledger.used_up}, and the command {ended(code)}")
         if code:
@@ -249,7 +249,8 @@ class _Table:
         """The episode is over: end the program and remove the folder."""
         self.over = True
         if self.program is not None:
-            await self.program.end()
+            with suppress(AgentFailed):         # it is over anyway
+                await self.program.end()
         waiting = [*self.answered, *(self.calls.get_nowait()[1] for _ in range(self.calls.qsize()))]
         for result in waiting:
             if not result.done():

@@ -1,4 +1,4 @@
-"""A program as an agent: its words, its life as a process group, what it printed last."""
+"""A program as an agent: its words, its life under a warden (`warden.py`), what it printed last."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import os
 import shlex
 import shutil
 import signal
+import socket
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from espl_envs.core.errors import EsplError
+from espl_envs.evaluate import warden
 from espl_envs.evaluate.agents import AgentFailed
 
+WARDEN = Path(warden.__file__)
 PRINTED = 64 << 10          # bytes kept of what a program prints
 COMPLAINT = 4 << 10         # bytes kept of its standard error
 DRAIN_S = 5.0               # for output that is still in the pipes when it has ended
@@ -22,39 +26,54 @@ DRAIN_S = 5.0               # for output that is still in the pipes when it has 
 
 @dataclass(eq=False)
 class Program:
-    """The command at work."""
+    """The command at work. `process` is its warden, which ends as it does; `lifeline` what ties the two to us."""
 
     process: asyncio.subprocess.Process
+    lifeline: socket.socket
     printed: asyncio.Task[bytes]
     complaint: asyncio.Task[bytes]
 
     @classmethod
     async def start(cls, words: Sequence[str], folder: Path, env: Mapping[str, str]) -> Program:
-        """In a process group of its own. Raises AgentFailed where it cannot be run."""
+        """In a session of its own. Raises AgentFailed where no process can be had."""
         printed, out = await _pipe(PRINTED)
         complaint, err = await _pipe(COMPLAINT)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         try:
             process = await asyncio.create_subprocess_exec(
-                *words, cwd=folder, env=dict(env), stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True,
+                sys.executable, "-I", "-S", str(WARDEN), *words, cwd=folder, env=dict(env), stdin=theirs, stdout=out,
+                stderr=err, start_new_session=True,
             )
         except (OSError, ValueError) as problem:
+            ours.close()
             raise AgentFailed(f"the command cannot be run: {problem}") from problem
         finally:
+            theirs.close()
             os.close(out)
             os.close(err)
-        return cls(process, printed, complaint)
+        return cls(process, ours, printed, complaint)
 
     async def end(self) -> tuple[bytes, bytes]:
-        """Kill what is left of its group; what it printed last, on both channels. Who left the group may still hold the
-        pipes: nobody waits long for them."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        await self.process.wait()
+        """Have all that is left of it killed; what it printed last, on both channels. Raises AgentFailed where it was
+        never started. Who is out of everybody's reach may still hold the pipes: nobody waits long for them."""
+        try:
+            refused = self.lifeline.recv(1 << 12).decode("utf-8", "replace")
+        except OSError:
+            refused = ""
+        self.lifeline.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), warden.SWEEP_S + DRAIN_S)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
         reading = {self.printed, self.complaint}
         done, pending = await asyncio.wait(reading, timeout=DRAIN_S)
         for task in pending:
             task.cancel()
+        if refused:
+            raise AgentFailed(f"the command cannot be run: {refused}")
         printed, complaint = (task.result() if task in done else b"" for task in (self.printed, self.complaint))
         return printed, complaint
 
