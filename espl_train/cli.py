@@ -22,6 +22,7 @@ from espl_train.learner.ranks import ALONE, Place, RankLost
 
 if TYPE_CHECKING:
     from espl_train.learner.ranks import Ranks
+    from espl_train.preflight import Plan
     from espl_train.profiling import Profile
     from espl_train.runs.directory import RunDirectory
     from espl_train.settings import Request
@@ -105,28 +106,28 @@ def _run(request: Request, ranks: Ranks) -> int:
 
     if request.resume:
         stored = read_config(request.resume)
-        inspect(continued(request.resume, stored, request.overrides), request.resume)      # nothing is written before
+        plan = inspect(continued(request.resume, stored, request.overrides), request.resume)    # nothing is written yet
         with RunDirectory.open(request.resume, request.overrides) as run:
-            return _guarded(run, request, ranks)
+            return _guarded(run, request, ranks, plan)
     config = load(request.presets, request.config, request.overrides)
-    inspect(config)
+    plan = inspect(config)
     ranks.check(config)
     with RunDirectory.create(config) as run:
-        return _guarded(run, request, ranks)
+        return _guarded(run, request, ranks, plan)
 
 
-def _guarded(run: RunDirectory, request: Request, ranks: Ranks) -> int:
+def _guarded(run: RunDirectory, request: Request, ranks: Ranks, plan: Plan) -> int:
     """Train; whatever ends it early is told together with how to go on."""
     from espl_train.runs.checkpoint import CheckpointError
 
     try:
         with _explained_imports():
-            _train(run, request, ranks)
-    except EsplError as error:
-        hopeless = run.saved_step is None or isinstance(error, CheckpointError)
-        standing = "" if hopeless else f"\n{_capital(run.standing())}."
+            _train(run, request, ranks, plan)
+    except CheckpointError as error:
         run.abandon()
-        return _complain(f"{error}{standing}", 2)
+        return _complain(str(error), 2)
+    except EsplError as error:
+        return _complain(f"{error}{_left(run)}", 2)
     except KeyboardInterrupt as stop:
         cause = ranks.cause(stop)
         return _bereft(cause, run) if isinstance(cause, RankLost) else _stopped(cause, run.standing())
@@ -135,7 +136,14 @@ def _guarded(run: RunDirectory, request: Request, ranks: Ranks) -> int:
     return 0
 
 
-def _train(run: RunDirectory, request: Request, ranks: Ranks) -> None:
+def _left(run: RunDirectory) -> str:
+    """Give the directory up; where it still is there, a sentence on how the run goes on."""
+    standing = run.standing()
+    run.abandon()
+    return f"\n{_capital(standing)}." if run.path.exists() else ""
+
+
+def _train(run: RunDirectory, request: Request, ranks: Ranks, plan: Plan) -> None:
     from espl_train.runs.console import Console
 
     title = f"{run.config.env_ids} · {run.config.model.path} · seed {run.config.seed} · {run.path}"
@@ -152,7 +160,7 @@ def _train(run: RunDirectory, request: Request, ranks: Ranks) -> None:
         profile = None
         if request.profile is not None:
             profile = open_.enter_context(_profile(run, request.profile))
-        complete(run, console, ranks, profile)
+        complete(run, console, ranks, profile, plan)
         if profile is not None:
             console.show(profile.table())
 
@@ -186,9 +194,7 @@ def _stopped(stop: KeyboardInterrupt, standing: str) -> int:
 def _bereft(lost: RankLost, run: RunDirectory) -> int:
     """Another rank is gone: what it said of itself into a file, one sentence to the terminal."""
     where = f"; its traceback is in {run.write_text('crash.txt', lost.details)}" if lost.details else ""
-    standing = _capital(run.standing())
-    run.abandon()
-    return _complain(f"{lost}{where}\n{standing}.", 1)
+    return _complain(f"{lost}{where}{_left(run)}", 1)
 
 
 def _crashed(error: Exception, file: Path, standing: str = "") -> int:

@@ -17,6 +17,7 @@ from espl_train.chat import Chat, count_tokens
 from espl_train.config import Config
 from espl_train.engines.base import Engine
 from espl_train.evolution.breeding import Breeder, BreedingReport
+from espl_train.evolution.guards import Leaks
 from espl_train.evolution.guards.quarantine import Quarantine
 from espl_train.evolution.population import Population
 from espl_train.evolution.prompts import SystemPrompt
@@ -41,7 +42,7 @@ class Island:
 
     def __init__(
         self, config: Config, sets: ProblemSets, boxes: Boxes, chat: Chat, engine: Engine, templates: TemplateSet,
-        name: str = "", queue: Queue | None = None,
+        name: str = "", queue: Queue | None = None, leaks: Leaks | None = None,
     ) -> None:
         self.name, self.config, self.sets, self.templates = name, config, sets, templates
         self.seed = derive(config.seed, "island", name) if name else config.seed
@@ -49,7 +50,7 @@ class Island:
         self.population = Population(config.evolution, config.rating, self.seed, name)
         self.breeder = Breeder(
             config.evolution, templates, self.seed, chat.tokenizer.all_special_tokens,
-            tokens=partial(count_tokens, chat.tokenizer),
+            partial(count_tokens, chat.tokenizer), leaks,
         )  # fmt: skip
         self.shaping = Shaping(config.learner, config.rollout, frozenset(chat.stop_ids))
         self.quarantine = Quarantine(config.evolution.twin_margin)

@@ -20,6 +20,7 @@ from espl_train.ending import finish
 from espl_train.engines.choice import engine_for
 from espl_train.evaluation import Evaluation, metrics, overall
 from espl_train.evolution.breeding import BreedingReport
+from espl_train.evolution.guards import Leaks
 from espl_train.evolution.prompts import SystemPrompt
 from espl_train.evolution.templates import TemplateSet
 from espl_train.island import Batch, Island
@@ -45,11 +46,13 @@ class Trainer:
     """One run, from where its directory stands to its last step.
 
     Raises EsplError for whatever the user can put right; an interrupted run goes on from its last checkpoint. `ranks`
-    are the processes that learn with this one, the only one that runs the loop; `profile` is an open one.
+    are the processes that learn with this one, the only one that runs the loop; `profile` is an open one; `leaks` is
+    what a look ahead has learnt of each environment's training problems.
     """
 
     def __init__(
-        self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None
+        self, config: Config, run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None,
+        leaks: Mapping[str, Leaks] | None = None,
     ) -> None:
         self.config, self.run, self.console = config, run, console
         sets = {name: ProblemSets.of(equipped(config, env)) for name, env in config.environments.items()}
@@ -62,7 +65,10 @@ class Trainer:
         templates = TemplateSet.load(config.model.templates or self.policy.templates)
         queues = {name: queue_for(config, run.path, name) for name in sets}
         self.islands = [
-            Island(config, parts, self.boxes, self.chat, self.engine, templates, name, queues[name])
+            Island(
+                config, parts, self.boxes, self.chat, self.engine, templates, name, queues[name],
+                (leaks or {}).get(name),
+            )
             for name, parts in sets.items()
         ]
         self.client = client_for(config, run.path, self.engine, self.chat, self.policy)

@@ -7,35 +7,34 @@ prints the result.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from espl_envs.core.errors import EsplError
-from espl_train import schedule
+from espl_train import forecast
 from espl_train.config import Config
-from espl_train.evolution.guards import Guard
+from espl_train.evolution.guards import Guard, Leaks
 from espl_train.evolution.prompts import Principle
+from espl_train.evolution.templates import TemplateSet
 from espl_train.problems import ProblemSets
 from espl_train.reflecting.choice import inspect as reflection
 from espl_train.sandboxes import check, equipped, parameters, wanted
 from espl_train.settings.options import hint, nearest
 
-if TYPE_CHECKING:
-    from espl_train.evolution.templates import TemplateSet
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would happen, as (what, in words) rows."""
+    """What would happen, as (what, in words) rows; and what the guards of the run need not learn once more, by the name
+    of the environment: `leaks`."""
 
     rows: tuple[tuple[str, str], ...]
+    leaks: Mapping[str, Leaks] = field(default_factory=dict)
 
     def plus(self, rows: tuple[tuple[str, str], ...]) -> Plan:
         """The plan with more rows."""
-        return Plan((*self.rows, *rows))
+        return replace(self, rows=(*self.rows, *rows))
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows)
@@ -43,16 +42,26 @@ class Plan:
 
 
 def inspect(config: Config, run: Path | None = None, dry: bool = False) -> Plan:
-    """Check `config` against the installed environments, the data, the model and the sandbox. Raises EsplError for what
-    is missing, and builds the sandbox image where a run needs one and there is none (`dry`: says that it would).
+    """Check `config` against the run directory, the installed environments, the data, the model and the sandbox. Raises
+    EsplError for what is missing, and builds the sandbox image where a run needs one and there is none (`dry`: says
+    that it would).
 
     `run` is the directory of a run that would be continued.
     """
+    from espl_train.learner.loading import load_tokenizer
+
+    directory = tuple(_directory(config, run, dry))
     _all_arguments(config)
     sets = {name: ProblemSets.of(equipped(config, env)) for name, env in config.environments.items()}
-    cheap = (*_environment(config, sets), *_model(config, sets))
+    _names(config)
+    tokenizer, settings = load_tokenizer(config.model), _settings(config)
+    templates = TemplateSet.load(config.model.templates or str(getattr(settings, "espl_templates", "english")))
+    cheap = (*_environment(config, sets), *_model(config, settings, tokenizer, templates))
+    leaks = _guarded(config, sets, tokenizer)
     asked = reflection(config) if config.mode != "rl" else ()
-    return Plan((*cheap, *_boxes(config, sets, dry), *asked, *_work(config), *_directory(config, run)))
+    sizes = [{problems.part: len(problems) for problems in parts} for parts in sets.values()]
+    work = forecast.rows(config, sizes, templates)
+    return Plan((*cheap, *_boxes(config, sets, dry), *asked, *work, *directory), leaks)
 
 
 def _all_arguments(config: Config) -> None:
@@ -92,23 +101,34 @@ def _boxes(config: Config, sets: Mapping[str, ProblemSets], dry: bool) -> Iterat
         yield from check(settings, config.sandbox, dry)
 
 
-def _model(config: Config, sets: Mapping[str, ProblemSets]) -> Iterator[tuple[str, str]]:
-    from transformers import AutoConfig
-
-    from espl_train.engines import choice
-    from espl_train.evolution.templates import TemplateSet
+def _names(config: Config) -> None:
+    """Raises EsplError for a loss, a normalisation or a baseline that there is not, and for a device that is not here.
+    """
     from espl_train.learner.advantages import BASELINES
-    from espl_train.learner.loading import load_tokenizer, locate, pick_device
+    from espl_train.learner.loading import pick_device
     from espl_train.learner.losses import LOSSES, NORMALISATIONS
     from espl_train.learner.naming import choose
-    from espl_train.overlap import check as check_overlap
 
     choose(LOSSES, config.learner.loss, "learner.loss")
     choose(NORMALISATIONS, config.learner.normalise, "learner.normalise")
     choose(BASELINES, config.learner.baseline, "learner.baseline")
+    pick_device(config.model.device)
+
+
+def _settings(config: Config) -> Any:
+    from transformers import AutoConfig
+
+    from espl_train.learner.loading import locate
+
+    return AutoConfig.from_pretrained(locate(config.model.path), revision=config.model.revision)
+
+
+def _model(config: Config, settings: Any, tokenizer: Any, templates: TemplateSet) -> Iterator[tuple[str, str]]:
+    from espl_train.engines import choice
+    from espl_train.learner.loading import pick_device
+    from espl_train.overlap import check as check_overlap
+
     device = pick_device(config.model.device)
-    tokenizer = load_tokenizer(config.model)
-    settings = AutoConfig.from_pretrained(locate(config.model.path), revision=config.model.revision)
     check_overlap(config, choice.concurrent(config, device.type))
     engine, room = choice.inspect(config, settings), choice.context_of(config, settings)
     if config.rollout.max_new_tokens >= room:
@@ -120,12 +140,10 @@ def _model(config: Config, sets: Mapping[str, ProblemSets]) -> Iterator[tuple[st
     yield "model", f"{config.model.path} ({kind}, {config.model.dtype}, {device})"
     yield "tokens", f"a vocabulary of {len(tokenizer):,}, a context of {room:,}"
     yield "engine", engine
-    templates = TemplateSet.load(config.model.templates or str(getattr(settings, "espl_templates", "english")))
     if config.evolution.writer == "placebo":
         templates.placebo()
     yield "templates", f"{templates.folder.name}: {templates.description}".rstrip(": ")
     yield from _root(config, templates, tokenizer)
-    _guarded(config, sets, tokenizer)
     trained = {"lora": f"LoRA of rank {config.learner.rank}", "full": "all weights"}[config.learner.mode]
     yield "weights", f"{trained}, {config.learner.loss}" if config.mode != "evolution" else "frozen"
 
@@ -146,46 +164,37 @@ def _root(config: Config, templates: TemplateSet, tokenizer: Any) -> Iterator[tu
     yield "prompts", f"at most {limit:,} tokens; the root prompt has {tokens:,}"
 
 
-def _guarded(config: Config, sets: Mapping[str, ProblemSets], tokenizer: Any) -> None:
-    """Raises EsplError for a root prompt that could not be bred: principles that the guard of children refuses."""
+def _guarded(config: Config, sets: Mapping[str, ProblemSets], tokenizer: Any) -> dict[str, Leaks]:
+    """Raises EsplError for a root prompt that could not be bred: principles that the guard of children refuses. Returns
+    what was learnt for that of each environment's training problems; nothing where there is nothing to be judged."""
     root = config.evolution.root
     if not root or config.mode == "rl":
-        return
+        return {}
     guard = Guard(config.evolution.max_words, tokenizer.all_special_tokens)
-    others = [Guard(config.evolution.max_words) for _ in sets]
-    for other, parts in zip(others, sets.values(), strict=True):
-        other.learn(parts.train.tasks)
-    guard.heed(others)
+    others = {name: Guard(config.evolution.max_words) for name in sets}
+    for name, parts in sets.items():
+        others[name].learn(parts.train.tasks)
+    guard.heed(others.values())
     for number, text in enumerate(root, 1):
         if (refused := guard.check(text)) is not None:
             raise EsplError(f"Principle {number} of evolution.root is refused by the guard: {refused.detail}")
     if (refused := guard.check_prompt(root, root)) is not None:
         raise EsplError(f"The principles of evolution.root are refused together by the guard: {refused.detail}")
+    return {name: other.leaks for name, other in others.items()}
 
 
-def _work(config: Config) -> Iterator[tuple[str, str]]:
-    rollout, steps = config.rollout, config.steps
-    per_step = rollout.prompts * rollout.problems * rollout.samples
-    shape = f"{rollout.prompts} prompts x {rollout.problems} problems x {rollout.samples} samples"
-    if config.mode == "rl":
-        shape = f"the root prompt x {rollout.problems} problems x {rollout.prompts * rollout.samples} samples"
-    rounds = 1 + rollout.dynamic_rounds
-    yield "mode", config.mode
-    if config.schedule != "joint":
-        breed, learn = schedule.counts(config)
-        yield "schedule", f"{config.schedule}: {breed} steps for prompts, {learn} for weights with one prompt alone"
-    yield "each step", f"{per_step:,} rollouts: {shape}, at most {per_step * rollout.max_total_tokens:,} sampled tokens"
-    if rounds > 1:
-        yield "", f"up to {rounds} rounds, each for the problems that had no contrast before"
-    rollouts, most = steps * per_step * rounds, "at most " if rounds > 1 else ""
-    yield "all", f"{steps:,} steps, {most}{rollouts:,} rollouts, at most {rollouts * rollout.max_total_tokens:,} tokens"
-    validations = 2 + (math.ceil(steps / config.evaluation.every) - 1 if config.evaluation.every else 0)
-    problems = config.evaluation.problems
-    yield "validation", f"{validations} times, at most {problems} problems; the test split once, at the end"
+def _directory(config: Config, run: Path | None, dry: bool) -> Iterator[tuple[str, str]]:
+    """Where the run is written to. Raises RunError where there is something else already, or somebody at work."""
+    from espl_train.runs import checkpoint
+    from espl_train.runs.directory import default_path, refuse_busy, refuse_taken
 
-
-def _directory(config: Config, run: Path | None) -> Iterator[tuple[str, str]]:
-    from espl_train.runs.directory import default_path
-
-    where: Any = run or config.out or default_path(config)
-    yield "run directory", f"{where}" + (" (continued)" if run else "")
+    if run is not None:
+        if not dry:
+            refuse_busy(run)
+        done = max(checkpoint.steps(run / "checkpoints"), default=None)
+        stands = "from its beginning: nothing is saved yet" if done is None else f"{done} of {config.steps} steps done"
+        yield "run directory", f"{run} (continued, {stands})"
+        return
+    path = Path(config.out) if config.out else default_path(config)
+    refuse_taken(path, config)
+    yield "run directory", str(path)

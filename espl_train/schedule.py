@@ -44,5 +44,21 @@ def turn(config: Config) -> int:
 
 def counts(config: Config) -> tuple[int, int]:
     """How many steps of the run breed, and how many learn."""
-    phases = [phase(config, step) for step in range(1, config.steps + 1)]
-    return sum(p.breeds for p in phases), sum(p.learns for p in phases)
+    first, steps = phase(config, 1), config.steps
+    if config.mode in MODES or config.schedule == "joint":
+        return steps * first.breeds, steps * first.learns
+    if config.schedule == "alternating":
+        whole, rest = divmod(steps, 2 * config.schedule_period)
+        breed = whole * config.schedule_period + min(rest, config.schedule_period)
+    else:
+        breed = turn(config) if config.schedule == "sequential" else steps - turn(config)
+    return breed, steps - breed
+
+
+def handovers(config: Config, steps: int) -> int:
+    """How often in so many steps the weights begin to learn with one prompt, after prompts have bred."""
+    if config.mode in MODES or config.schedule in ("joint", "weights_then_prompts"):
+        return 0
+    if config.schedule == "sequential":
+        return int(0 < turn(config) < steps)
+    return ((steps - 1) // config.schedule_period + 1) // 2

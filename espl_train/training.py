@@ -33,23 +33,26 @@ def train(config: Config, console: Console | None = None) -> Summary:
 
     Raises EsplError for what can be put right: before anything is written, where that can be known.
     """
-    preflight.inspect(config)
+    plan = preflight.inspect(config)
     with RunDirectory.create(config) as run:
-        return _shown(run, console)
+        return _shown(run, console, plan)
 
 
 def resume(folder: Path, overrides: Mapping[str, Any] | None = None, console: Console | None = None) -> Summary:
     """The run in `folder` from where it stands to its end; `overrides` as with `espl-train --resume`."""
-    preflight.inspect(continued(folder, read_config(folder), overrides or {}), folder)
+    plan = preflight.inspect(continued(folder, read_config(folder), overrides or {}), folder)
     with RunDirectory.open(folder, overrides) as run:
-        return _shown(run, console)
+        return _shown(run, console, plan)
 
 
-def complete(run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None) -> Summary:
+def complete(
+    run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile: Profile | None = None,
+    plan: preflight.Plan | None = None,
+) -> Summary:
     """Train an open run to its end, leave its best prompts and its picture behind, and show what it came to."""
     from espl_train.loop import Trainer
 
-    summary = Trainer(run.config, run, console, ranks, profile).train()
+    summary = Trainer(run.config, run, console, ranks, profile, plan.leaks if plan else None).train()
     for chosen in summary.chosen:
         run.write_text(f"best_prompt.{chosen.env}.txt" if chosen.env else "best_prompt.txt", chosen.text)
     summary = dataclasses.replace(summary, plot=_plot(run, console))
@@ -57,10 +60,10 @@ def complete(run: RunDirectory, console: Console, ranks: Ranks = ALONE, profile:
     return summary
 
 
-def _shown(run: RunDirectory, console: Console | None) -> Summary:
+def _shown(run: RunDirectory, console: Console | None, plan: preflight.Plan) -> Summary:
     with console or Console(quiet=True, rich=rich.console.Console(quiet=True)) as shown:
         run.warn = shown.warn
-        return complete(run, shown)
+        return complete(run, shown, plan=plan)
 
 
 def _plot(run: RunDirectory, console: Console) -> Path | None:

@@ -154,6 +154,30 @@ def test_an_explained_error_in_training_tells_how_to_go_on(trainer: Any, capsys:
     assert code == 2 and "start the sandbox" in err and "1 of 3 steps are saved in run" in err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(EsplError("no memory"), 2), (ZeroDivisionError("zero"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_a_run_that_ends_before_its_first_checkpoint_begins_again_as_it_was(
+    error: BaseException, code: int, trainer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Something was logged, nothing is saved: what is suggested works, and is the same run."""
+    trainer(lambda _: None)
+    loop = sys.modules["espl_train.loop"].Trainer        # type: ignore[attr-defined]
+
+    def early(self: Any) -> None:
+        self.run.log.event(0, "problems")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", early)
+        ended, _, err = outcome(capsys, *SMALL, "--seed", "5")
+    again = "othing is saved yet in run; start again, with the same settings: espl-train --resume run"
+    assert ended == code and again in err
+    ended, out, _ = outcome(capsys, "--resume", "run")
+    assert ended == 0 and "step 1/3" in out and "step 3/3" in out and "seed = 5" in Path("run/config.toml").read_text()
+    assert Path("run/events.jsonl").read_text() == ""
+
+
 def test_a_start_that_fails_leaves_no_directory(
     trainer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

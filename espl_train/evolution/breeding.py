@@ -19,7 +19,7 @@ from espl_train.evolution.acceptance import decide
 from espl_train.evolution.edits import Limits, fingerprints, refused_list, refused_text
 from espl_train.evolution.encounters import Encounters
 from espl_train.evolution.evidence import Evidence, shuffled
-from espl_train.evolution.guards import Canary, Duplicates, Guard
+from espl_train.evolution.guards import Canary, Duplicates, Guard, Leaks
 from espl_train.evolution.migration import Harbour
 from espl_train.evolution.mutation import summarise
 from espl_train.evolution.operators import OPERATORS, Scene
@@ -57,7 +57,8 @@ class BreedingReport:
 class Breeder:
     """Writes children. `state` and `restore` carry what was seen over a resume; there is no random state.
 
-    `tokens` counts those of a text as the policy reads it, for `evolution.max_prompt_tokens`.
+    `tokens` counts those of a text as the policy reads it, for `evolution.max_prompt_tokens`; `leaks` is what a guard
+    knows of the training problems already.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Breeder:
         seed: int,
         special_tokens: Sequence[str] = (),
         tokens: Callable[[str], int] | None = None,
+        leaks: Leaks | None = None,
     ) -> None:
         self._config, self._templates, self._seed = config, templates, seed
         self._pool = templates.placebo() if config.writer == "placebo" else ()
         self._evidence = Evidence(config)
         self._encounters = Encounters(config.evidence_window)
         self._canary = Canary.of(seed) if config.canary else Canary()
-        self._guard = Guard(config.max_words, special_tokens, self._canary)
+        self._guard = Guard(config.max_words, special_tokens, self._canary, leaks)
         self._duplicates = Duplicates(config.duplicate_similarity)
         self._shown: dict[int, list[int]] = {}      # step → problems that reflection looked at
         self.harbour = Harbour()            # what is known of principles that win on other islands

@@ -251,6 +251,11 @@ def refuse_taken(path: Path, config: Config) -> None:
         raise RunError(f"{path} is not empty and is no run directory: choose another --out.")
 
 
+def refuse_busy(path: Path) -> None:
+    """Raises RunError where another process is at work in the run directory `path`."""
+    _release(path, _acquire(path))
+
+
 def _refuse_other(path: Path, config: Config) -> None:
     if not (path / CONFIG).exists():
         return

@@ -19,25 +19,29 @@ CHARACTERS_PER_WORD = 16
 
 
 class Guard:
-    """Remembers the problems it was shown and judges new texts. A problem is learnt once, however often it is shown."""
+    """Remembers the problems it was shown and judges new texts. A problem is learnt once, however often it is shown.
 
-    def __init__(self, max_words: int, special_tokens: Sequence[str] = (), canary: Canary | None = None) -> None:
+    `leaks` is what another guard has learnt of the same problems.
+    """
+
+    def __init__(
+        self, max_words: int, special_tokens: Sequence[str] = (), canary: Canary | None = None,
+        leaks: Leaks | None = None,
+    ) -> None:
         self._limit = max_words * CHARACTERS_PER_WORD
         self._tokens = tuple(t for t in special_tokens if len(t) > 1)
         self._canary = canary or Canary()
-        self._leaks = Leaks()
-        self._known: tuple[Leaks, ...] = (self._leaks,)
-        self._learnt: set[int] = set()
+        self.leaks = leaks or Leaks()
+        self._known: tuple[Leaks, ...] = (self.leaks,)
 
     def learn(self, tasks: Mapping[int, Task]) -> None:
         """Remember problems, their answers, and what their graders know of solutions."""
-        for index in sorted(tasks.keys() - self._learnt):
-            self._leaks.learn(index, tasks[index])
-            self._learnt.add(index)
+        for index in sorted(tasks.keys() - self.leaks.learnt):
+            self.leaks.learn(index, tasks[index])
 
     def heed(self, others: Iterable[Guard]) -> None:
         """Refuse from now on also what gives away the problems that these know: those of a run's other environments."""
-        self._known = (self._leaks, *(other._leaks for other in others))
+        self._known = (self.leaks, *(other.leaks for other in others))
 
     def check(self, text: str) -> Rejection | None:
         """Why `text` must not become a principle, or None."""

@@ -76,11 +76,11 @@ class Leaks:
         self._inexact: list[Fraction] = []              # values that no short decimal writes
         self._pointing = Pointing()
         self._passages = Passages()
-        self._count = 0
+        self.learnt: set[int] = set()
 
     def learn(self, problem: int, task: Task) -> None:
         """Remember a problem, its answers and what solves it."""
-        self._count += 1
+        self.learnt.add(problem)
         self._pointing.add(problem, words(task.question))
         self._passages.add(task.question)
         for answer in answers(task):
@@ -190,7 +190,7 @@ class Leaks:
 
     def _tells(self, key: str) -> bool:
         """Whether an answer in words is telling, and no label that many problems share."""
-        return key in self._telling and len(self._texts[key]) < max(COMMON_COUNT, COMMON_SHARE * self._count)
+        return key in self._telling and len(self._texts[key]) < max(COMMON_COUNT, COMMON_SHARE * len(self.learnt))
 
     def _points(self, text: str, hits: Hits, more: float = 0.0) -> bool:
         """Whether the text points at a problem that has one of the vague answers, with `more` bits than usual."""
