@@ -192,10 +192,10 @@ def rows(config: Config, sizes: Sequence[Sizes], templates: TemplateSet) -> Iter
     if known.rounds > 1:
         yield "", f"up to {known.rounds} rounds, each for the problems that had no contrast before"
     if known.trials:
-        yield "  trials", f"at most {_told(known.trials)}: {known.tried:,} rollouts in all"
+        yield "  trials", f"at most {_told('rollouts', known.trials)}, {known.tried:,} in all"
     if known.calls:
         each = f"each of at most {config.evolution.reflection_max_new_tokens:,} sampled tokens"
-        yield "  reflection", f"at most {_told(known.calls)}: {known.asked:,} calls in all, {each}"
+        yield "  reflection", f"at most {_told('calls', known.calls)}, {known.asked:,} in all, {each}"
     exact = known.rounds == 1 and config.budget_rollouts is None
     few = "" if config.budget_rollouts is None else "at most "
     training = f"{'' if exact else 'at most '}{known.training:,} rollouts"
@@ -215,6 +215,6 @@ def rows(config: Config, sizes: Sequence[Sizes], templates: TemplateSet) -> Iter
     yield "in all", f"at most {known.rollouts:,} rollouts and {known.tokens:,} sampled tokens{besides}"
 
 
-def _told(parts: Mapping[str, int]) -> str:
-    """"83 (64 summary, 19 critique)"."""
-    return f"{sum(parts.values()):,} ({', '.join(f'{count:,} {name}' for name, count in parts.items())})"
+def _told(noun: str, parts: Mapping[str, int]) -> str:
+    """As in: 83 calls a step (64 summary, 19 critique)."""
+    return f"{sum(parts.values()):,} {noun} a step ({', '.join(f'{count:,} {name}' for name, count in parts.items())})"

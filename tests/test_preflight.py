@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 from hub_model import hub_model
+from loop_kit import SMALL, deal
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.tasks import Task
+from espl_train import archipelago
 from espl_train.config import Config
+from espl_train.evolution.guards import Leaks
+from espl_train.loop import Trainer
 from espl_train.preflight import inspect
+from espl_train.problems import ProblemSets
+from espl_train.runs.console import Console
+from espl_train.runs.directory import RunDirectory, RunError
 from espl_train.settings import load, override
 
 
@@ -89,6 +96,44 @@ def test_a_root_prompt_holds_no_answer_of_a_training_problem(model: Path, monkey
     plan(model, evolution__root=("Count the towers twice.",))
     with pytest.raises(EsplError, match=r"Principle 1 of evolution.root is refused by the guard"):
         plan(model, evolution__root=("Towers are often 48613.",))
+
+
+def test_the_problems_that_a_root_prompt_is_judged_by_are_learnt_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, for as long as the run takes: every environment's guard goes on with what it knows."""
+    learnt: list[int] = []
+    learn = Leaks.learn
+    monkeypatch.setattr(Leaks, "learn", lambda self, *task: (learnt.append(task[0]), learn(self, *task)))
+    two = {f"envs.{name}.id": "espl_parity:espl-test/Parity-v0" for name in "ab"} | {"envs.b.holdout_from": "train"}
+    small = {key: value for key, value in SMALL.items() if key != "env.id"}
+    chosen = load(overrides={
+        **small, **two, "model.path": str(model), "out": str(tmp_path / "run"), "evolution.root": ("Be brief.",)
+    })  # fmt: skip
+    found = inspect(chosen)
+    sizes = {name: len(ProblemSets.of(env).train) for name, env in chosen.environments.items()}
+    assert {name: len(leaks.learnt) for name, leaks in found.leaks.items()} == sizes
+    assert len(learnt) == sum(sizes.values())
+    deal(monkeypatch)
+    with RunDirectory.create(chosen) as run:
+        trainer = Trainer(chosen, run, Console(quiet=True), leaks=found.leaks)
+        archipelago.acquaint(trainer.islands)
+        for island in trainer.islands:
+            island.breeder.guard.learn(island.sets.train.tasks)
+            assert island.breeder.guard.leaks is found.leaks[island.name]
+        trainer.close()
+    assert len(learnt) == sum(sizes.values())
+    assert inspect(override(chosen, {"evolution.root": (), "out": "elsewhere"})).leaks == {}
+
+
+def test_a_directory_that_is_taken_is_said_before_anything_is_tried(model: Path, tmp_path: Path) -> None:
+    chosen = override(Config(), {"model.path": str(model), "out": str(tmp_path / "run"), "env.id": "espl/Nothing-v0"})
+    RunDirectory.create(chosen).close()
+    for dry in (True, False):
+        with pytest.raises(RunError, match="holds this very run already"):
+            inspect(chosen, None, dry)
+    with RunDirectory.open(tmp_path / "run"), pytest.raises(RunError, match="in use"):
+        inspect(chosen, tmp_path / "run")
 
 
 @pytest.mark.parametrize("preset", ["aimo_beyondaime", "dapo_aime25", "aime_and_amc_to_beyondaime", "search_qa"])
