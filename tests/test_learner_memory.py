@@ -102,6 +102,34 @@ def test_auto_checkpoints_where_a_micro_batch_would_not_fit(there, on, monkeypat
     assert who.update(related_groups(1)).notes == ()           # said once
 
 
+def test_the_largest_micro_batch_decides(monkeypatch):
+    who = learner(micro_batch_tokens=60)
+    sizes = sorted(batch.size for batch in who._micro_batches(related_groups(0)))
+    need = appetite(who.policy.causal).need(sizes[-1], checkpointing=False)
+    for there, on in ((need * 1.01, False), (need * 0.99, True)):
+        monkeypatch.setattr(memory, "free", lambda _, there=there: int(there / memory.USABLE))
+        assert who.update(related_groups(0)).skipped is None and who.policy.checkpointing is on
+    assert sizes[0] < 0.9 * sizes[-1]
+
+
+def test_checkpointing_computes_every_layer_a_second_time(monkeypatch):
+    """From the start, and from the middle of an update that ran out of memory."""
+    def passes(who: Learner) -> list[int]:
+        counts = [0] * len(who.policy.causal.model.layers)
+        for i, layer in enumerate(who.policy.causal.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+        assert who.update(related_groups(0)).skipped is None
+        return counts
+
+    who = learner()
+    who._appetite = memory.Appetite(0, 0)
+    assert passes(who) == [1, 1] and passes(learner(gradient_checkpointing="on")) == [2, 2]
+    who = learner()
+    who._appetite = memory.Appetite(0, 0)
+    starve(who, monkeypatch, 10**6, MemoryError())
+    assert passes(who) == [2, 2]
+
+
 def test_checkpointing_that_the_architecture_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr(type(tiny_model()), "supports_gradient_checkpointing", False)
     with pytest.raises(EsplError, match="architecture of this model has none"):
