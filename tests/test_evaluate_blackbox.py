@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate_kit import ADD, MODEL, PATIENT, TOOLS, Scripted, completion, error, play, serving, sum_in
+from evaluate_kit import ADD, MODEL, PATIENT, TOOLS, Scripted, completion, error, lines, play, serving, sum_in
 from program_kit import program
 from test_evaluate_endpoint import after_hello
 
@@ -32,7 +32,9 @@ from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.doors import Wanted
 from espl_envs.evaluate.endpoint import EndpointDoor
 from espl_envs.evaluate.proxy import Budget
+from espl_envs.evaluate.purse import Halted
 from espl_envs.evaluate.records import Episode, Outcome
+from espl_envs.evaluate.runner import Limits
 
 ASK = 'print(json.loads(chat())["choices"][0]["message"]["content"])'
 
@@ -146,6 +148,33 @@ def test_budgets_truncate_and_a_program_may_still_answer(tmp_path: Path) -> None
         (tmp_path / "three").mkdir()
         [episode] = run(tmp_path / "three", greedy, budget=Budget(cost=25.0), prices=Prices(1e6, 0), **model)
         assert episode.outcome is Outcome.TRUNCATED and episode.cost == 33.0
+
+
+def test_the_money_of_the_evaluation_is_kept_within_a_program_too(tmp_path: Path) -> None:
+    """It is denied the model, its answer does not count, and it is played again when there is money."""
+    stubborn = f"""
+        denied = []
+        for _ in range(5):
+            try: chat()
+            except Exception as e: denied.append((e.code, json.loads(e.read())["error"]["code"]))
+        open({str(tmp_path / "denied")!r}, "a").write(repr(denied))
+        print("\\\\boxed{{50}}")
+    """
+    with serving(after_hello(lambda body, _: sum_in(body["messages"]))) as server:
+        def played(limit: float) -> list[Episode]:
+            door = doors.choose(Wanted(command=program(tmp_path, stubborn), base_url=server.url, model=MODEL,
+                                       prices=Prices(1e6, 0), concurrency=1))  # fmt: skip
+            return play(tmp_path / "run", door, ADD, limit=1, limits=Limits(1, max_cost=limit))
+
+        with pytest.raises(Halted, match="the cost limit of 30 is reached"):
+            played(30.0)
+        assert len(server.requests) == 1 + 3, "three calls of 11; the third one began when 22 were spent"
+        [stopped] = lines(tmp_path / "run")
+        assert stopped["score"] is None and stopped["outcome"] == "fault" and len(stopped["turns"]) == 3
+        assert stopped["error"] == "stopped: the cost limit of 30 is reached (33 spent)"
+        assert "(402, 'insufficient_quota')" in (tmp_path / "denied").read_text() or not (tmp_path / "denied").exists()
+        [episode] = played(1000.0)
+    assert episode.score == 1.0 and len(episode.turns) == 5
 
 
 BAD: list[tuple[str, str, Outcome, str]] = [

@@ -21,8 +21,9 @@ from espl_envs.evaluate.agents import AgentFault, Reply, Seat
 from espl_envs.evaluate.builtin import BuiltinDoor
 from espl_envs.evaluate.config import EvalConfig
 from espl_envs.evaluate.progress import Progress, RunningMean
+from espl_envs.evaluate.purse import Halted, Purse
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
-from espl_envs.evaluate.runner import Halted, Limits, order
+from espl_envs.evaluate.runner import Limits, order
 
 
 def said(text: str, cost: float | None = None, **usage: Any) -> Reply:
@@ -186,7 +187,8 @@ def test_an_error_that_the_user_can_put_right_ends_it_and_keeps_what_is_there(tm
 
 
 @pytest.mark.parametrize("at_once", [1, 8, 64])
-def test_a_cost_limit_is_kept_and_nothing_is_lost(tmp_path: Path, at_once: int) -> None:
+def test_a_cost_limit_is_kept_and_no_money_is_forgotten(tmp_path: Path, at_once: int) -> None:
+    """An episode that was stopped for want of money has no score; what it cost is on record, and counts next time."""
     asked = 0
 
     async def act(messages: Any, _: Seat) -> Reply:
@@ -196,24 +198,46 @@ def test_a_cost_limit_is_kept_and_nothing_is_lost(tmp_path: Path, at_once: int) 
         turn = len([m for m in messages if m.role == "assistant"])
         return said("hm" if turn < 2 else "\\boxed{1}", cost=0.01)
 
-    under_way = min(at_once, runner.Purse.FIRST)
+    under_way = min(at_once, Purse.FIRST)
     for limit in (0.1, 0.2):
         with pytest.raises(Halted, match=f"the cost limit of {limit:g} is reached"):
             play(tmp_path / "run", Scripted(act), PATIENT, k=5, limits=Limits(at_once, max_cost=limit))
         assert asked * 0.01 < limit + under_way * 0.01
     kept = lines(tmp_path / "run")
-    assert asked == 3 * 6 and len(kept) == len({(row["task"], row["sample"]) for row in kept}) == 6
+    scored = [(row["task"], row["sample"]) for row in kept if row["score"] is not None]
+    stopped = [row for row in kept if row["score"] is None]
+    assert sum(turn["cost"] for row in kept for turn in row["turns"]) == pytest.approx(asked * 0.01)
+    assert len(scored) == len(set(scored)) and 3 * len(scored) + 2 * len(stopped) >= asked
+    assert all("stopped: the cost limit of" in row["error"] and row["outcome"] == "fault" for row in stopped)
+    assert at_once > 1 or (asked, len(scored), len(stopped)) == (18, 6, 0)
+
+
+def test_money_for_a_game_that_was_not_ended_is_gone_as_well(tmp_path: Path) -> None:
+    """Stopped in the middle, twice: the second session knows what the first one cost, and so does the third."""
+    asked = 0
+
+    def answer(*_: Any) -> Reply:
+        nonlocal asked
+        asked += 1
+        return said("hm", cost=0.04)
+
+    for limit, calls in ((0.07, 2), (0.1, 3), (0.1, 3)):
+        with pytest.raises(Halted, match="is reached"):
+            play(tmp_path / "run", door(answer), PATIENT, limits=Limits(1, max_cost=limit))
+        assert asked == calls
+    assert [row["outcome"] for row in lines(tmp_path / "run")] == ["fault", "fault"]
 
 
 def test_the_mutant_that_begins_whatever_it_costs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.Purse, "_admits", lambda purse: not purse.empty)
+    monkeypatch.setattr(Purse, "_admits", lambda purse: not purse.empty)
     with pytest.raises(AssertionError):
-        test_a_cost_limit_is_kept_and_nothing_is_lost(tmp_path, 64)
+        test_a_cost_limit_is_kept_and_no_money_is_forgotten(tmp_path, 64)
 
 
 def test_a_limit_that_cannot_be_held_is_said(tmp_path: Path) -> None:
-    with pytest.raises(Halted, match="--max-cost cannot be held"):
-        play(tmp_path / "run", door(right), ADD, limits=Limits(1, max_cost=1.0))
+    for number, reply in enumerate((right, lambda *_: Reply(Message("assistant", "no word of what that took")))):
+        with pytest.raises(Halted, match="--max-cost cannot be held"):
+            play(tmp_path / f"run-{number}", door(reply), ADD, limits=Limits(1, max_cost=1.0))
 
 
 # Environments

@@ -9,7 +9,8 @@ A `Door` is a way to an agent: a callable, an endpoint, a command. It is opened 
 
 What goes wrong has a name. `AgentFailed`: the agent's own doing, the episode counts with score 0. `ContextExceeded`:
 the conversation has outgrown the agent, the episode is truncated. `AgentFault`: infrastructure, no score.
-`AgentLost`: nobody is there any more (a revoked key, an empty account); the evaluation stops and can be resumed.
+`Unpaid`: the evaluation's money is spent, no score. `AgentLost`: nobody is there any more (a revoked key, an empty
+account). With both the evaluation stops and can be resumed.
 """
 
 from __future__ import annotations
@@ -51,6 +52,13 @@ class AgentFault(EnvironmentFault):
     calls: tuple[TurnUsage, ...] = ()
 
 
+class Unpaid(EsplError):
+    """Another model call is needed, and --max-cost leaves none. The episode has no score, whatever it had come to, and
+    is played again when there is money. `calls` as in AgentFailed."""
+
+    calls: tuple[TurnUsage, ...] = ()
+
+
 class AgentLost(EsplError):
     """The agent cannot be reached by anybody any more. The evaluation ends; what is there is kept."""
 
@@ -66,6 +74,20 @@ class Reply:
     calls: tuple[TurnUsage, ...] = ()
 
 
+class Tab(Protocol):
+    """What one episode costs, against what the whole evaluation may. The runner charges what an agent's replies took;
+    an agent that makes calls between its replies charges them as they are made."""
+
+    def charge(self, calls: Sequence[TurnUsage]) -> None:
+        """Count calls that were made; one that was charged already is not charged again. Raises EsplError, which ends
+        the evaluation, where there is a limit and nobody knows what they cost."""
+        ...
+
+    def refusal(self) -> str:
+        """Why no further call may be made; empty if one may. One that is under way is still answered."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Seat:
     """One episode as the agent's side sees it.
@@ -73,6 +95,7 @@ class Seat:
     seed: keyed by the evaluation's seed and `key`, the same whenever this episode is played. tools: what may be called;
     native: whether they are to be offered to the model by its server (otherwise the messages explain them).
     env: the environment itself. It knows the reference answer: for the built-in agents, nobody else looks at it.
+    tab: for agents that make model calls between their replies.
     """
 
     key: EpisodeKey
@@ -81,6 +104,7 @@ class Seat:
     tools: tuple[ToolSpec, ...]
     native: bool
     env: Any
+    tab: Tab
 
 
 Act = Callable[[Conversation], Awaitable[Reply]]

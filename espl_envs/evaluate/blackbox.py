@@ -41,6 +41,7 @@ from espl_envs.evaluate.agents import (
     Reply,
     Seat,
     ToolSyntax,
+    Unpaid,
     as_reply,
     too_long,
 )
@@ -162,7 +163,7 @@ class _Table:
         """The program's next tool calls, or its answer."""
         try:
             message = await self._act(messages)
-        except (AgentFailed, AgentFault, ContextExceeded) as problem:
+        except (AgentFailed, AgentFault, ContextExceeded, Unpaid) as problem:
             problem.calls = self.ledger.news()
             raise
         calls = self.ledger.news()

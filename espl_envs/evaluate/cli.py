@@ -34,7 +34,8 @@ from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.directory import CONFIG, RunDirectory, refuse_foreign
 from espl_envs.evaluate.plain import visible
 from espl_envs.evaluate.progress import Progress, printable
-from espl_envs.evaluate.runner import Halted, Limits, Runner
+from espl_envs.evaluate.purse import Halted
+from espl_envs.evaluate.runner import Limits, Runner
 
 EARLY = 3
 

@@ -45,11 +45,13 @@ class RunDirectory:
 
     damaged: lines in the middle of the file that are no records (a failing disk); they count as not there.
     torn: bytes that were cut off (`read`: passed over) at the end, 0 where the last writer finished its line.
+    spent: what all records cost, also those that were played again: the money is gone.
     """
 
     def __init__(self, path: Path, config: EvalConfig, lock: int | None) -> None:
         self.path, self.config = path, config
         self.damaged = self.torn = 0
+        self.spent = 0.0
         self._index: dict[EpisodeKey, _Place] = {}
         self._lock, self._guard, self._synced = lock, threading.Lock(), 0.0
         self._size = self._scan()
@@ -117,6 +119,7 @@ class RunDirectory:
                 raise RunError(f"{self.path / EPISODES} cannot be written: {error.strerror}.") from error
             self._index[episode.key] = _Place(self._size, len(line), episode.outcome is Outcome.FAULT)
             self._size += len(line)
+            self.spent += episode.cost or 0.0
 
     def episodes(self, transcripts: bool = True) -> Iterator[Episode]:
         """The last record of every key of the configuration, in the order in which keys were first written; one at a
@@ -182,6 +185,7 @@ class RunDirectory:
                 try:
                     episode = Episode.from_json(line)
                     self._index[episode.key] = _Place(end, len(line), episode.outcome is Outcome.FAULT)
+                    self.spent += episode.cost or 0.0
                 except BadRecord:
                     self.damaged += 1
                 end += len(line)

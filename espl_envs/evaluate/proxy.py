@@ -3,7 +3,9 @@
 Every episode has a key of its own, so that each call is known to belong to it; the real key is put in behind the proxy
 and is never seen by the program. Calls are counted against the episode's budget and written down, one JSON line each,
 in `calls.jsonl` of the run directory: what was asked, what was answered, what it took. What passes (429, 5xx) is tried
-again here: a program does not lose an episode because a server was busy.
+again here: a program does not lose an episode because a server was busy. When the money of the whole evaluation is
+spent (--max-cost), no call is passed on, and the episode has no score: what a program makes of a model that it was
+denied is no result.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.randomness import derive
-from espl_envs.evaluate.agents import AgentFailed, AgentLost, ContextExceeded, Seat, too_long
+from espl_envs.evaluate.agents import AgentFailed, AgentLost, ContextExceeded, Seat, Unpaid, too_long
 from espl_envs.evaluate.records import TurnUsage
 from espl_envs.evaluate.refusals import EndpointFault
 from espl_envs.evaluate.wire import Completion, Pieces, from_wire
@@ -150,6 +152,9 @@ class Proxy:
         ledger = self._of(request)
         if ledger is None:
             return _error(401, "this key belongs to no episode, or it is over", "invalid_api_key")
+        if unpaid := ledger.seat.tab.refusal():
+            ledger.broken(Unpaid(unpaid))
+            return _error(402, unpaid, "insufficient_quota")
         if refused := ledger.refusal():
             return _error(403, refused, "budget_exceeded")
         try:
@@ -213,6 +218,10 @@ class Proxy:
         """Count a call, and write it down with one system call, so that lines of many episodes do not mix."""
         if said is not None:
             ledger.calls.append(self.endpoint.usage(said, seconds))
+            try:
+                ledger.seat.tab.charge(ledger.calls[-1:])
+            except EsplError as problem:
+                ledger.broken(problem)
         if self.folder is None:
             return
         record = {

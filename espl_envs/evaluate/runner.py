@@ -19,11 +19,12 @@ from typing import Any, Protocol, TypeVar
 from espl_envs.core.errors import EnvironmentFault, EsplError
 from espl_envs.core.messages import Conversation
 from espl_envs.core.randomness import derive
-from espl_envs.evaluate.agents import Agent, AgentFailed, AgentFault, ContextExceeded, Reply, Seat, sentence
+from espl_envs.evaluate.agents import Agent, AgentFailed, AgentFault, ContextExceeded, Reply, Seat, Unpaid, sentence
 from espl_envs.evaluate.config import EvalConfig
 from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.plan import Arena
+from espl_envs.evaluate.purse import Halted, Purse, Tab
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
 from espl_envs.evaluate.scribe import Scribe
 
@@ -31,15 +32,6 @@ T = TypeVar("T")
 
 STEP_S = 900.0              # longer than any tool, test or lease may take: an environment that hangs is a fault
 MOST_FAULTS_IN_A_ROW = 25
-ROUNDED = 1 - 1e-9          # ten times 0.01 is 0.1
-
-
-class Halted(EsplError):
-    """The evaluation ends early, for a reason that a person has to look at. It can be resumed."""
-
-
-class _Unpaid(Exception):
-    """The episode needs another model call, and there is no money left."""
 
 
 class Watcher(Protocol):
@@ -61,64 +53,6 @@ class Limits:
     concurrency: int
     retries: int = 2
     max_cost: float | None = None
-
-
-class Purse:
-    """What the evaluation has cost, and whether another episode fits in.
-
-    An episode begins only if all that are under way, and it, could cost what they cost on average; before there is an
-    average, FIRST play. Should the limit be reached all the same, requests under way are the last: what has been paid
-    for is still played, and episodes that would need more are dropped, to be played again when there is money.
-    """
-
-    FIRST = 4
-
-    def __init__(self, limit: float | None) -> None:
-        self.limit, self.spent, self.under_way = limit, 0.0, 0
-        self._finished, self._cost = 0, 0.0
-        self._changed = asyncio.Event()
-
-    @property
-    def empty(self) -> bool:
-        """Whether no request may be made any more."""
-        return self.limit is not None and self.spent >= self.limit * ROUNDED
-
-    async def begin(self) -> bool:
-        """Wait until another episode may begin, and count it as under way; False when none ever may."""
-        while not self._admits():
-            if not self.under_way:
-                return False
-            self._changed.clear()
-            await self._changed.wait()
-        self.under_way += 1
-        return True
-
-    def pay(self, cost: float | None) -> None:
-        """A model call. Raises Halted where there is a limit and it cannot be held."""
-        if self.limit is not None and cost is None:
-            raise Halted("--max-cost cannot be held: the agent does not say what its calls cost (give --price, and see "
-                         "that the server reports its tokens)")
-        self.spent += cost or 0.0
-
-    def end(self, cost: float | None = None) -> None:
-        """An episode is no longer under way; `cost` where it was finished and nothing went wrong."""
-        self.under_way -= 1
-        self._changed.set()
-        if cost is not None:
-            self.finished(cost)
-
-    def finished(self, cost: float) -> None:
-        """An episode counts for the average, one of an earlier session too."""
-        self._finished += 1
-        self._cost += cost
-
-    def _admits(self) -> bool:
-        if self.limit is None:
-            return True
-        if not self._finished:
-            return self.under_way < self.FIRST and not self.empty
-        mean = self._cost / self._finished
-        return max(self.spent, self._cost + self.under_way * mean) + mean <= self.limit and not self.empty
 
 
 @dataclass(slots=True)
@@ -174,7 +108,7 @@ class Runner:
         self._arenas = {(arena.config.id, arena.config.split): arena for arena in arenas}
         self._watcher, self._secret = watcher, secret or Secret()
         self._scribe = Scribe(directory)
-        self._faults_in_a_row = self._dropped = 0
+        self._faults_in_a_row = self._stopped = 0
 
     async def run(self) -> None:
         """Play until nothing is missing. Raises Halted where it ends early, and whatever EsplError ends it; what was
@@ -192,52 +126,57 @@ class Runner:
             await self._scribe.aclose()
             for arena in self._arenas.values():
                 await arena.aclose()
-        if self._dropped or next(queue, None) is not None:
-            raise Halted(f"the cost limit of {self.limits.max_cost:g} is reached ({self.purse.spent:.4g} spent)")
+        if self._stopped or next(queue, None) is not None:
+            raise Halted(self.purse.exhausted)
 
     def _settle(self) -> None:
         """What earlier sessions cost counts, too."""
+        self.purse.spent = self.directory.spent
         for episode in self.directory.episodes(transcripts=False):
-            self.purse.spent += episode.cost or 0.0
             if episode.outcome is not Outcome.FAULT:
                 self.purse.finished(episode.cost or 0.0)
 
     async def _work(self, queue: Iterator[EpisodeKey]) -> None:
         """One place at the table: play episodes until none is left, or none can be paid for."""
-        while await self.purse.begin():
+        stopped = False
+        while not stopped and await self.purse.begin():
             cost = None
             try:
                 if (key := next(queue, None)) is None:
                     return
-                episode = _without(self._secret, await self._episode(key))
+                episode, stopped = await self._episode(key)
                 cost = None if episode.outcome is Outcome.FAULT else episode.cost
-            except _Unpaid:
-                self._dropped += 1
-                return
             finally:
                 self.purse.end(cost)
-            await self._scribe.write(episode)
+            self._stopped += stopped
+            if stopped and not episode.turns:
+                continue                                # nothing came of it, nor was anything paid for it
+            await self._scribe.write(_without(self._secret, episode))
             self._watcher.finished(episode)
-            self._count_faults(episode)
+            if not stopped:
+                self._count_faults(episode)
 
     def _count_faults(self, episode: Episode) -> None:
         self._faults_in_a_row = self._faults_in_a_row + 1 if episode.outcome is Outcome.FAULT else 0
         if self._faults_in_a_row >= MOST_FAULTS_IN_A_ROW:
             raise Halted(f"{self._faults_in_a_row} episodes in a row came to nothing; the last one: {episode.error}")
 
-    async def _episode(self, key: EpisodeKey) -> Episode:
+    async def _episode(self, key: EpisodeKey) -> tuple[Episode, bool]:
+        """Play one, and tell whether it was stopped because the money is spent."""
         began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="milliseconds")
         attempt = 0
         while True:
             attempt += 1
-            play = _Play()
+            play, stopped = _Play(), False
             try:
                 outcome, error = await self._attempt(key, play)
+            except Unpaid as stop:
+                outcome, error, stopped = Outcome.FAULT, f"stopped: {stop}", True
             except EnvironmentFault as fault:
                 if attempt <= self.limits.retries and not isinstance(fault, AgentFault):
                     continue
                 outcome, error = Outcome.FAULT, sentence(fault) if not str(fault) else " ".join(str(fault).split())
-            return _record(key, play, outcome, error, attempt, time.monotonic() - began, started)
+            return _record(key, play, outcome, error, attempt, time.monotonic() - began, started), stopped
 
     async def _attempt(self, key: EpisodeKey, play: _Play) -> tuple[Outcome, str | None]:
         """One attempt in an environment that is used again unless it failed."""
@@ -264,21 +203,24 @@ class Runner:
         )
         inner = env.unwrapped
         play.reference = inner.task.answer
-        seat = Seat(key, derive(seed, "agent", *parts), inner.task.id, inner.tools, arena.native, inner)
+        tab = Tab(self.purse, self._watcher.paid)
+        seat = Seat(key, derive(seed, "agent", *parts), inner.task.id, inner.tools, arena.native, inner, tab)
         try:
             async with self.agent.sit(seat) as act:
                 while not play.over:
-                    if self.purse.empty:
-                        raise _Unpaid
+                    if refused := tab.refusal():
+                        raise Unpaid(refused)
                     asked = time.monotonic()
                     try:
                         reply = await act(play.messages)
-                    except (AgentFailed, AgentFault, ContextExceeded) as problem:
+                    except (AgentFailed, AgentFault, ContextExceeded, Unpaid) as problem:
                         play.turns += problem.calls
-                        self._pay(problem.calls)
+                        tab.charge(problem.calls)
                         raise
                     play.said(reply, time.monotonic() - asked)
-                    self._pay(reply.calls)
+                    if not reply.calls and self.purse.limit is not None:
+                        self.purse.pay(None)            # nobody says what that took
+                    tab.charge(reply.calls)
                     play.stepped(await _of_env(env.astep(reply.message)))
         except AgentFailed as failed:
             error = str(failed)
@@ -287,11 +229,6 @@ class Runner:
         except ContextExceeded as exceeded:
             return Outcome.TRUNCATED, str(exceeded)
         return play.outcome(), error
-
-    def _pay(self, calls: Sequence[TurnUsage]) -> None:
-        for call in calls:
-            self._watcher.paid(call)
-            self.purse.pay(call.cost)
 
 
 def order(config: EvalConfig, keys: Sequence[EpisodeKey]) -> list[EpisodeKey]:
