@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +177,26 @@ def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path:
         (["play", "espl/Conventions-v0", "--task", "99999"], "outside 0..1999"),
         (["audit", "--against", "/nowhere/x.jsonl", "espl/Conventions-v0"], "cannot read /nowhere/x.jsonl"),
         (["audit", "--against", str(tmp_path / "bad.jsonl"), "espl/Conventions-v0"], "line 1: expected an object"),
+        ([], "COMMAND"),
+        (["lst"], "did you mean list?"),
+        (["card", "espl/Conventions-v0", "--espisodes", "3"], "did you mean --episodes?"),
+        (["card", "espl/Conventions-v0", "--episodes", "0"], "0 is not a positive number"),
     ):
         assert main(argv) == 2
         said = capsys.readouterr().err
         assert words in said and said.startswith("espl_envs: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["list", "card", "play", "audit"])
+def test_every_argument_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    lines = shown.partition("positional arguments:")[2].splitlines()
+    for line, following in pairwise([*lines, ""]):
+        if re.match(r"  [-A-Z]", line):
+            assert re.search(r"\S {2,}\S", line) or following.startswith("        "), f"{line} says nothing"
 
 
 def test_arguments_are_literals_or_text() -> None:

@@ -7,27 +7,32 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium.error
 
 from espl_envs import registry
+from espl_envs.core import commandline
 from espl_envs.core.errors import EsplError
 
-COMMANDS = "list, card, play, audit"
+EXAMPLES = """\
+  python -m espl_envs list aime                                  ids that contain a word
+  python -m espl_envs card espl/HumanEval-v0                     documentation, hashes, figures measured here
+  python -m espl_envs play espl/Conventions-v0 -a world=3        be the agent
+  python -m espl_envs audit espl/GSM8K-v0 --against mine.jsonl   does a test problem stand in your data?
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(argv)
-    if not getattr(options, "download", True):
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")     # read when the libraries are imported
     try:
+        options = _parser().parse_args(argv)
+        if not getattr(options, "download", True):
+            os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")     # read when the libraries are imported
         return int(options.run(options) or 0)
     except (EsplError, gymnasium.error.Error) as problem:
-        print(f"espl_envs: {problem}", file=sys.stderr)
-        return 2
+        return commandline.complain("espl_envs", str(problem), 2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -36,50 +41,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m espl_envs", description="The environments of the suite.")
-    commands = parser.add_subparsers(required=True, metavar=f"{{{COMMANDS}}}")
-    one = commands.add_parser("list", help="all ids, with their splits and sizes where the data is there")
-    one.add_argument("pattern", nargs="?", default="", help="only ids that contain this")
-    one.add_argument("--json", action="store_true")
+def _parser() -> commandline.Parser:
+    parser = commandline.Parser(
+        prog="python -m espl_envs", description="The environments of the suite.", epilog=EXAMPLES
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> commandline.Parser:
+        made = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        made.set_defaults(run=run)
+        return made
+
+    one = command("list", _list, "all ids, with their splits and sizes where the data is there")
+    one.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="only ids that contain this")
+    _json(one)
     _download(one)
-    one.set_defaults(run=_list)
-    one = commands.add_parser("card", help="what an environment is, with measured figures")
-    one.add_argument("id", metavar="ID")
-    one.add_argument("--episodes", type=_positive, default=20, help="played per agent for the figures (default 20)")
+    one = command("card", _card, "what an environment is, with measured figures")
+    _environment(one)
+    one.add_argument("--episodes", metavar="N", type=_positive, default=20, help="played by each agent (20)")
     one.add_argument("--tokenizer", metavar="MODEL", help="count tokens with this model's tokenizer (extra 'train')")
-    one.add_argument("--json", action="store_true")
-    _arguments(one)
-    one.set_defaults(run=_card)
-    one = commands.add_parser("play", help="answer in the terminal yourself")
-    one.add_argument("id", metavar="ID")
-    one.add_argument("--seed", type=int)
-    one.add_argument("--task", type=int, help="index of the task")
-    _arguments(one)
-    one.set_defaults(run=_play)
-    one = commands.add_parser("audit", help="equal and near-equal problems across splits and environments")
+    _json(one)
+    one = command("play", _play, "answer in the terminal yourself")
+    _environment(one)
+    one.add_argument("--seed", metavar="N", type=int, help="which task is drawn; default: another one every time")
+    one.add_argument("--task", metavar="N", type=int, help="index of the task in its split")
+    one = command("audit", _audit, "equal and near-equal problems across splits and environments")
     one.add_argument(
         "ids", metavar="ID", nargs="*",
         help="default: every environment whose data is there, but reasoning-gym's, which are disjoint by construction",
     )
     one.add_argument("--against", metavar="FILE", action="append", default=[], help="JSONL of more problems")
-    one.add_argument("--overlap", type=_share, default=0.5, help="share of 13-grams that counts as near-equal (0.5)")
-    one.add_argument("--limit", type=_positive, default=20000, help="tasks per split at most (20000)")
+    one.add_argument(
+        "--overlap", metavar="SHARE", type=_share, default=0.5, help="of 13-grams, that counts as near-equal (0.5)"
+    )
+    one.add_argument("--limit", metavar="N", type=_positive, default=20000, help="tasks per split at most (20000)")
     one.add_argument("--strict", action="store_true", help="exit code 1 where a test problem may be trained on")
-    one.add_argument("--json", action="store_true")
+    _json(one)
     _download(one)
-    one.set_defaults(run=_audit)
     return parser
+
+
+def _environment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="of an environment; `python -m espl_envs list` shows all")
+    parser.add_argument(
+        "-a", "--arg", metavar="NAME=VALUE", action="append", default=[],
+        help="argument of the environment, as in split=test; repeatable",
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
 
 
 def _download(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch what is not here from the hub")
-
-
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-a", "--arg", metavar="NAME=VALUE", action="append", default=[], help="argument of the environment"
-    )
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -3,19 +3,52 @@ end that nobody can put off."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
+import difflib
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from espl_envs.core.errors import EsplError
 
 THREADS_S = 5.0         # for threads that would keep a process alive that has nothing left to do
 HOOKS_S = 30.0          # for exit hooks: ours remove sandboxes
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, with the nearest option or command; no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings}
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Nothing is unknown and let through, so a command complains of its words itself, and knows its own options."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = _nearest(unknown[0].partition("=")[0], known) or f"; {self.prog} --help lists all options"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Raises EsplError."""
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        raise EsplError(message + (_nearest(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class Terminated(KeyboardInterrupt):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from espl_envs.core.commandline import Parser
 from espl_envs.core.errors import EsplError
 from espl_envs.evaluate.config import Prices
 from espl_envs.evaluate.credentials import VARIABLE, Secret
@@ -36,21 +36,6 @@ exit codes
   0 done · 1 something unexpected · 2 something that you can put right · 3 no headline: faults, or stopped early ·
   130 and 143 stopped by Ctrl-C and SIGTERM; what was played is kept, and --resume goes on
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, with the nearest option; no abbreviations."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises EsplError."""
-        known = [name for action in self._actions for name in action.option_strings]
-        words = message.partition("unrecognized arguments: ")[2].split()
-        near = difflib.get_close_matches(words[0].partition("=")[0], known, 1) if words else []
-        hint = f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists all options" if words else ""
-        raise EsplError(f"{message}{hint}")
 
 
 def parser() -> Parser:

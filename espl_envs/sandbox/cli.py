@@ -17,6 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from espl_envs.core import commandline
 from espl_envs.core.errors import EsplError
 from espl_envs.sandbox.base import Provider
 from espl_envs.sandbox.providers import NAMES, check, provider
@@ -34,7 +35,10 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except EsplError as error:
+        return commandline.complain("espl-sandbox", str(error), 2)
     warnings.simplefilter("once", UserWarning)
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
@@ -51,34 +55,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="espl-sandbox", description="The boxes in which tools run model-written code.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> commandline.Parser:
+    parser = commandline.Parser(
+        prog="espl-sandbox", description="The boxes in which tools run model-written code.", epilog=EXAMPLES
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, text: str, provider: str | None = "docker") -> argparse.ArgumentParser:
+    def command(name: str, function: Any, text: str, provider: str | None = "docker") -> commandline.Parser:
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         made.set_defaults(command=function)
         made.add_argument("--json", action="store_true", help="one JSON object on stdout")
         if name != "build":
-            made.add_argument("--provider", default=provider, metavar="NAME", help=f"one of {', '.join(NAMES)}")
+            names = f"one of {', '.join(NAMES)} ({provider or 'all'})"
+            made.add_argument("--provider", default=provider, metavar="NAME", help=names)
         return made
 
     build = command("build", _build, "build the images of the boxes, those that are missing")
     build.add_argument("images", nargs="*", metavar="IMAGE", help="names under sandboxes/, or references; default: all")
-    build.add_argument("--base", help="an image to build on, or 'debootstrap'")
+    build.add_argument("--base", help="an image to build on, or 'debootstrap'; default: whichever can be had")
     command("doctor", _doctor, "what is there, what is missing, and the remedy")
     selftest = command("selftest", _selftest, "start a box, hold it against its claims, try every kind of call")
     attack = command("attack", _attack, "let hostile programs loose in a box and see whether it holds")
     attack.add_argument("only", nargs="*", metavar="NAME", help="groups, claims, or parts of names; default: all")
     attack.add_argument("--list", action="store_true", help="list them with their forms and the claims that they test")
     bench = command("bench", _bench, "measure the figures that the sandbox must reach")
-    bench.add_argument("only", nargs="*", metavar="MEASURE", help="starts, warm, calls, load, runaways, deaths")
+    measures = "starts, warm, calls, load, runaways, deaths; default: all"
+    bench.add_argument("only", nargs="*", metavar="MEASURE", help=measures)
     bench.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/sandbox.json")
     for one in (selftest, attack):
-        one.add_argument("--image", default="python", help="a name under sandboxes/, or a reference")
+        one.add_argument("--image", default="python", help="a name under sandboxes/, or a reference (python)")
     gc = command("gc", _gc, "remove boxes whose owner is dead or whose time is over", provider=None)
     gc.add_argument("--all", action="store_true", help="every box of ours, also of live owners")
     gc.add_argument("--images", action="store_true", help="also images that are no longer current")
