@@ -91,13 +91,11 @@ def passage_logprobs(causal: Any, passages: Sequence[tuple[Sequence[int], float]
     """
     device = next(causal.parameters()).device
     rows = [torch.tensor(tokens) for tokens, _ in passages]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                      # [B, L]
-    inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-    hidden = _hidden(causal, {name: value.to(device) for name, value in inputs.items()})
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)           # [B, L]
+    hidden = _hidden(causal, {"input_ids": ids})                                 # nobody looks to the right: no mask
     head = head_of(causal)
     found = [
-        chunked_logprobs(head, hidden[i, start - 1 : len(row) - 1], row[start:].to(device), temperature)[0]
+        chunked_logprobs(head, hidden[i, start - 1 : len(row) - 1], ids[i, start : len(row)], temperature)[0]
         for i, (row, (_, temperature)) in enumerate(zip(rows, passages, strict=True))
     ]
     return list(torch.cat(found).double().cpu().split([len(row) - start for row in rows]))
