@@ -133,7 +133,8 @@ class Policy:
         if not self.causal.supports_gradient_checkpointing:
             raise EsplError("learner.gradient_checkpointing is 'on', but the architecture of this model has none")
         if on:
-            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            how = {"use_reentrant": False, "preserve_rng_state": False}      # nothing in a layer is drawn
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         else:
             self.causal.gradient_checkpointing_disable()
         self.checkpointing = on
