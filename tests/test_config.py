@@ -291,7 +291,7 @@ def test_published_algorithms_are_presets_of_nothing_else(
     )
     expected = {"kl": 0.0, "overlong": "keep", "correction": "none", **extra}
     assert {key: getattr(learner, key) for key in expected} == expected
-    assert (config.rollout.dynamic_rounds > 0) == (name == "dapo")
+    assert config.rollout.dynamic_rounds == (9 if name == "dapo" else 0)
     algorithm = {
         "rollout.dynamic_rounds", *(f"learner.{key}" for key in expected), "learner.loss", "learner.ratio_bounds",
         "learner.normalise", "learner.divide_by_std",

@@ -249,17 +249,22 @@ def test_joined_callers_that_leave_or_fail_hold_nobody_up(world: World) -> None:
     assert [result for result in results if isinstance(result, int)] == [0, 1, 2, 4, 5, 6, 7, 8]
 
 
-def test_a_cancelled_caller_disturbs_nobody(world: World) -> None:
-    async def everything() -> tuple[Sample, Sample]:
-        long = [asyncio.create_task(world.engine.sample(request(seed=i, max_new=50, stop_ids=()))) for i in range(3)]
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_cancelled_caller_disturbs_nobody(world: World, begun: bool) -> None:
+    async def everything() -> list[Sample]:
+        long = [asyncio.create_task(world.engine.sample(one)) for one in asked]
         await asyncio.sleep(0)
+        if begun:                                          # together with this one, which ends first
+            await world.engine.sample(request(seed=9, max_new=2, stop_ids=()))
         long[1].cancel()
         with pytest.raises(asyncio.CancelledError):
             await long[1]
-        return await long[0], await long[2]
+        return [await long[0], await long[2]]
 
-    one, other = asyncio.run(everything())
-    assert len(one.tokens) == len(other.tokens) == 50
+    asked = [request([2 + i, 3], seed=i, max_new=50, stop_ids=()) for i in range(3)]
+    for one, sample in zip(asked[::2], asyncio.run(everything()), strict=True):
+        assert len(sample.tokens) == 50
+        agree(world, one, sample)
     assert world.ask(request())[0].tokens
 
 

@@ -154,9 +154,17 @@ def test_every_token_is_drawn_by_a_number_of_its_own(world: World) -> None:
 
 
 def test_what_nobody_needs_any_more_is_given_back(world: World) -> None:
+    async def cancelled() -> None:
+        long = asyncio.create_task(world.engine.sample(request(max_new=50, stop_ids=(), session="long")))
+        await world.engine.sample(request(seed=1, max_new=2))
+        long.cancel()
+        await world.engine.sample(request(seed=2, max_new=20, stop_ids=()))
+
+    asyncio.run(cancelled())
+    memory = world.engine._decoder.memory
+    assert all(held.free for held in memory.held)
     asked = [replace(one, session=str(i)) for i, one in enumerate(ragged(6))]
     world.ask(*asked)
-    memory = world.engine._decoder.memory
     assert sum(not held.free for held in memory.held) == 6
     for i in range(5):
         world.engine.release(str(i))

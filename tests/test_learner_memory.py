@@ -113,7 +113,7 @@ def test_the_largest_micro_batch_decides(monkeypatch):
 
 
 def test_checkpointing_computes_every_layer_a_second_time(monkeypatch):
-    """From the start, and from the middle of an update that ran out of memory."""
+    """From the start, after memory ran out, and from the moment on that it is expected to."""
     def passes(who: Learner) -> list[int]:
         counts = [0] * len(who.policy.causal.model.layers)
         for i, layer in enumerate(who.policy.causal.model.layers):
@@ -127,6 +127,9 @@ def test_checkpointing_computes_every_layer_a_second_time(monkeypatch):
     who = learner()
     who._appetite = memory.Appetite(0, 0)
     starve(who, monkeypatch, 10**6, MemoryError())
+    assert passes(who) == [2, 2]
+    who = learner()
+    who._appetite = memory.Appetite(2**60, 0)
     assert passes(who) == [2, 2]
 
 
@@ -168,6 +171,9 @@ def test_a_resumed_run_knows_what_did_not_fit_and_learns_the_same(monkeypatch):
     assert max(tried) <= 60 and ours.notes == ()               # nothing fails for a second time
     assert ours.grad_norm == theirs.grad_norm
     assert all(torch.equal(p, straight.policy.state()[n]) for n, p in again.policy.state().items())
+    modest = learner(micro_batch_tokens=10)
+    modest.load_state_dict(saved)
+    assert modest.limits.tokens == 10                          # less is configured than would fit
     elsewhere = learner()
     monkeypatch.setattr(memory, "named", lambda _: "a larger machine")
     elsewhere.load_state_dict(saved)

@@ -215,6 +215,7 @@ def test_bf16_weights_learn_through_fp32_masters_and_resume():
         straight.update(random_groups(step))
         resumed.update(random_groups(step))
     assert same(straight._masters, resumed._masters)
+    assert same(straight._weights, [master.bfloat16() for master in straight._masters])
     assert same(list(straight.policy.state().values()), list(resumed.policy.state().values()))
 
 

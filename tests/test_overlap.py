@@ -14,8 +14,10 @@ from hub_model import hub_model
 from loop_kit import Theatre, config, deal, run
 
 from espl_envs.core.errors import EsplError
+from espl_train import archipelago
 from espl_train.config import Config
 from espl_train.evolution.breeding import Breeder, BreedingReport
+from espl_train.island import Batch
 from espl_train.learner.update import Learner, UpdateReport
 from espl_train.overlap import beside, overlaps
 from espl_train.records import Group
@@ -64,6 +66,25 @@ def test_both_are_at_work_at_once(model: Path, tmp_path: Path, monkeypatch: pyte
     Branches(monkeypatch, lambda both: both.reflected.wait(20) or pytest.fail("reflection did not run meanwhile"))
     trainer, _ = run(config(model, tmp_path / "run", overlap="on", steps=1))
     assert trainer.overlaps and trainer.policy.version == 1
+
+
+def test_children_are_tried_by_the_weights_that_played_their_parents(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the update is over before breeding has begun."""
+    learnt, told = threading.Event(), []
+    update = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda self, groups: (update(self, groups), learnt.set())[0])
+    monkeypatch.setattr(archipelago, "announce", lambda _: learnt.wait(20) or pytest.fail("nothing was learnt"))
+
+    async def breed(batch: Batch, step: int, policy: int, client: object) -> BreedingReport:
+        del batch, step, client
+        told.append(policy)
+        return BreedingReport((), [], 0, {}, 0)
+
+    monkeypatch.setattr(Batch, "breed", breed)
+    trainer, _ = run(config(model, tmp_path / "run", overlap="on", steps=2))
+    assert told == [0, 1] and trainer.policy.version == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EsplError])
