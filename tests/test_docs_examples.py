@@ -63,19 +63,3 @@ def test_the_page_shows_the_file_as_it_is() -> None:
     page = (DOCS / "add-an-environment.md").read_text("utf-8")
     shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert (DOCS / "examples" / "capitals.py").read_text("utf-8") in shown
-
-
-@pytest.mark.parametrize("page", ["add-an-environment.md", "evaluate-a-model.md", "evaluate-your-agent.md"])
-def test_every_option_and_file_that_a_page_names_exists(page: str) -> None:
-    from espl_envs.evaluate.options import parser
-
-    text = (DOCS / page).read_text("utf-8")
-    known = {name for action in parser()._actions for name in action.option_strings}
-    known |= {"--port", "--host", "--sessions", "--url", "--intersect", "--env.taskset.env"}
-    shown = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    used = {word for line in shown if "espl-eval" in line for word in re.findall(r"(?<=\s)--[a-z][\w.-]*", line)}
-    assert used and used <= known
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (DOCS / link).exists(), link
-
-
