@@ -269,9 +269,9 @@ def test_the_order_is_that_of_the_ids_however_large():
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, *_: int,
-          scale: float | None, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
+          scale: float | None, window_size: tuple[int, int], enable_gqa: bool | None = None) -> torch.Tensor:
     """What `varlen_attn` computes on a GPU, by the textbook: causal, aligned at the ends. [T, H, D]"""
-    assert enable_gqa == (q.shape[1] != k.shape[1])
+    assert enable_gqa in (None, q.shape[1] != k.shape[1])
     assert ends_q.dtype == ends_k.dtype == torch.int32
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     found = []
@@ -317,3 +317,28 @@ def test_the_tables_of_flash_attention_say_the_same(name, broken, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "gemma3, windows in every other layer"])
 def test_half_precision_is_packed_too(name):
     assert learner_of(model_of(PACKABLE[name](), torch.bfloat16))._notes == []
+
+
+def test_every_torch_is_told_what_it_knows_and_one_without_the_kernel_does_without(monkeypatch):
+    """`enable_gqa` since 2.12, windows since 2.11, the kernel itself since 2.10: torch from 2.6 on is supported."""
+    from torch.nn.attention import varlen
+
+    told = []
+    monkeypatch.setattr(attention, "_flashes", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **s: (told.append(s.keys()), flash(*a, **s))[1])
+    for known in ({"scale", "window_size", "enable_gqa"}, {"scale", "window_size"}):
+        monkeypatch.setattr(attention, "TOLD", known)
+        model = model_of(PACKABLE["qwen2"]())
+        install(model)
+        assert prove(model) is None
+        assert told[-1] == known
+    monkeypatch.undo()
+    half = torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16)
+    gpu = type("Gpu", (), {"is_cuda": True, "dtype": half.dtype, "shape": half.shape, "device": None})()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for known, flashes in (({"window_size"}, True), ({"is_causal"}, False), (set(), False)):
+        monkeypatch.setattr(attention, "TOLD", known)
+        assert attention._flashes(gpu, half) is flashes
+    odd = type("Gpu", (), {"is_cuda": True, "dtype": half.dtype, "shape": (1, 2, 8, 60), "device": None})()
+    monkeypatch.setattr(attention, "TOLD", {"window_size"})
+    assert not attention._flashes(odd, half[..., :60])

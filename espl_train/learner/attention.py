@@ -10,9 +10,11 @@ rows of similar size, and plain arithmetic where a layer caps its scores or has 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,10 +28,17 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from espl_train.learner.forest import Forest
 from espl_train.transfer import upload
 
+varlen: ModuleType | None
+try:
+    from torch.nn.attention import varlen
+except ImportError:              # torch before 2.10
+    varlen = None
+
 FILLED = 0.8                 # of a bucket's scores, at least, are of real queries and keys …
 SMALL = 2**15                # … unless it has so few that calling the kernel once more costs as much
 LARGE = 2**24                # scores per head in one bucket at most: bounds the mask
 HALF = (torch.bfloat16, torch.float16)
+TOLD = inspect.signature(varlen.varlen_attn).parameters.keys() if varlen else {}.keys()
 INSTALLED = {"sdpa": "espl_packed", "eager": "espl_packed_eager"}
 
 
@@ -124,8 +133,7 @@ class Packed:
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Flash attention over sequences of any length; those that share a head read a copy of its keys."""
-        from torch.nn.attention.varlen import varlen_attn
-
+        assert varlen is not None
         if self._spans is None:
             paths = [self.forest.places[i] for i in self._kept]
             keys = [len(path) for path in paths]
@@ -136,9 +144,10 @@ class Packed:
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)     # [T, H, D]
         if len(path) > len(k):
             k, v = (_Take.apply(x.flatten(1), path).unflatten(1, x.shape[1:]) for x in (k, v))
-        out: Any = varlen_attn(
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in TOLD else {}     # before 2.12 unasked
+        out: Any = varlen.varlen_attn(
             q.contiguous(), k.contiguous(), v.contiguous(), of_queries, of_keys, asked_most, seen_most, scale=scale,
-            window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
+            window_size=(-1 if window is None else window - 1, 0), **grouped,
         )
         return out.unsqueeze(0)
 
@@ -252,10 +261,11 @@ AttentionMaskInterface.register(INSTALLED["eager"], eager_mask)
 
 
 def _flashes(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention takes these."""
-    if not query.is_cuda or query.dtype not in HALF or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+    """Whether flash attention takes these. Torch lets it know of windows since 2.11."""
+    width = query.shape[-1]
+    if not query.is_cuda or query.dtype not in HALF or width != value.shape[-1] or width > 256 or width % 8:
         return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return "window_size" in TOLD and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
