@@ -273,7 +273,7 @@ def test_stopped_in_the_middle_and_resumed_every_episode_is_there_once(
         kept = f"{before} of 200 episodes are kept in run"
         assert re.search(rf"stopped; {kept}; go on with\n  espl-eval .* --resume\n", err)
     Path("mine.py").write_text(AGENT.replace("time.sleep(0.02)", "pass"))
-    assert evaluate("-k", "20", "--resume") == 0
+    assert evaluate("-k", "20", "--resume", "--same-agent") == 0
     rows = lines(Path("run"))
     assert Counter((row["task"], row["sample"]) for row in rows) == Counter(
         (task, sample) for task in range(10) for sample in range(20))

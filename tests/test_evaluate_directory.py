@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluate_kit import ADD
 from evaluation_kit import ENV, config, episode, write_run
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Message
 from espl_envs.evaluate import directory as directory_module
+from espl_envs.evaluate.cli import main
 from espl_envs.evaluate.config import AgentConfig, EvalConfig, Prices
 from espl_envs.evaluate.directory import EPISODES, RunDirectory, RunError
 from espl_envs.evaluate.records import EpisodeKey
@@ -80,6 +82,7 @@ run = directory.RunDirectory.create(Path(sys.argv[1]), config({ENV: [[1.0]] * 10
 for task in range(100000):
     run.append(episode(EpisodeKey(ENV, "test", task, 0), messages=(Message("user", "x" * 20000),)))
     print(task, flush=True)
+    if task == 74 and sys.argv[2] == "lazy": __import__("time").sleep(600)     # a later gathering must not save it
 """
 
 
@@ -156,6 +159,36 @@ def test_two_writers_are_kept_apart_and_readers_are_not(tmp_path: Path) -> None:
         run.append(episode(KEYS[0]))
         assert len(list(RunDirectory.read(tmp_path / "run").episodes())) == 1
     RunDirectory.open(tmp_path / "run").close()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from espl_envs.evaluate.directory import RunDirectory
+with RunDirectory.open(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_commands_on_one_directory_are_kept_apart_until_one_is_dead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In processes of their own, whether the second one means to go on or to begin."""
+    out = tmp_path / "run"
+    words = ["--env", ADD, "--agent", "silent", "--out", str(out), "--limit", "2", "--quiet"]
+    assert main([*words, "--limit", "1"]) == 0
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        capsys.readouterr()
+        for more in ((), ("--resume",)):
+            assert main([*words, *more]) == 2
+            said = capsys.readouterr().err
+            assert said == (f"espl-eval: {out} is in use by another espl-eval (process {holder.pid}): "
+                            "wait for it or stop it.\n")  # fmt: skip
+        assert main(["report", str(out)]) == 0, "it may be looked at meanwhile"
+        holder.kill()
+    assert main([*words, "--resume"]) == 0 and len(list(RunDirectory.read(out).episodes())) == 2
 
 
 def other(**fields: Any) -> EvalConfig:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from espl_train.chat import Chat
 from espl_train.config import EngineConfig, LearnerConfig, ModelConfig
 from espl_train.engines.base import Request
 from espl_train.engines.local import LocalEngine
-from espl_train.learner.loading import load_tokenizer
+from espl_train.learner.loading import load_tokenizer, locate
 from espl_train.learner.policy import Policy
 from espl_train.loop import Trainer
 from espl_train.problems import Problems
@@ -36,6 +37,7 @@ from espl_train.runs import checkpoint
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
 from espl_train.serving.exhibit import Exhibit
+from espl_train.serving.identity import weights_of
 from espl_train.serving.recall import Recall
 from espl_train.serving.server import Offer, Server
 from espl_train.settings import ConfigError, load
@@ -134,6 +136,25 @@ def test_a_run_says_what_it_would_serve(trained: tuple[Path, list[Rollout]], tmp
     (tmp_path / "config.toml").write_text((folder / "config.toml").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="There is no checkpoint"):
         Exhibit.of(str(tmp_path), None, {})
+
+
+def test_the_weights_behind_a_folder_are_known_by_content(tmp_path: Path) -> None:
+    """So that --resume does not go on with others: weights, tokenizer and configuration, but no notes beside them."""
+    shutil.copytree(locate("micro"), tmp_path / "model")
+    model = str(tmp_path / "model")
+
+    def known() -> str:
+        return str(Exhibit.of(model, None, {}).to_json()["base"])
+
+    first = known()
+    assert first == weights_of("micro") and len(first) == 16
+    (tmp_path / "model/notes.md").write_text("trained on a Friday")
+    assert known() == first
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        file = tmp_path / "model" / name
+        file.write_bytes(file.read_bytes() + b" ")
+        assert weights_of(model) != first, name
+        first = weights_of(model)
 
 
 def test_reading_a_checkpoint_leaves_a_run_alone_that_writes_one(trained: tuple[Path, list[Rollout]]) -> None:

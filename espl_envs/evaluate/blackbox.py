@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Conversation, Message, ToolCall, ToolSpec
+from espl_envs.evaluate import fingerprint
 from espl_envs.evaluate.agents import (
     MAX_REPLY,
     Act,
@@ -84,6 +85,7 @@ class CommandDoor:
         self.config = AgentConfig(
             "command", shown, wanted.model, self.upstream.base_url if self.upstream is not None else None,
             {"timeout": self.timeout, **wanted.sampling.to_dict(), **self.budget.to_dict()},
+            fingerprint.of_words(self.words),
         )
 
     @asynccontextmanager

@@ -23,10 +23,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.messages import Conversation, ToolSpec
+from espl_envs.evaluate import fingerprint
 from espl_envs.evaluate.agents import Act, AgentFailed, Reply, Seat, ToolSyntax, as_reply, failure, sentence
 from espl_envs.evaluate.config import AgentConfig
 from espl_envs.evaluate.threads import Loop, Threads
@@ -47,9 +49,11 @@ class CallableDoor:
     concurrency = 32
 
     def __init__(self, path: str, timeout: float = 600.0, concurrency: int = 32) -> None:
-        self.target, self.timeout, self.concurrency = load(path), timeout, concurrency
+        module, self.target = _loaded(path)
+        self.timeout, self.concurrency = timeout, concurrency
         _callable_with_two(path, self.target)
-        self.config = AgentConfig("callable", path, settings={"timeout": timeout})
+        files = fingerprint.of_module(module)
+        self.config = AgentConfig("callable", path, settings={"timeout": timeout}, files=files)
 
     @asynccontextmanager
     async def open(self, tools: Sequence[ToolSpec]) -> AsyncIterator[CallableAgent]:  # noqa: ARG002
@@ -127,10 +131,15 @@ def _is_async(target: Any) -> bool:
 
 def load(path: str) -> Any:
     """The object at "package.module:name" or "file.py:name". Raises EsplError, in one sentence, where there is none."""
+    return _loaded(path)[1]
+
+
+def _loaded(path: str) -> tuple[ModuleType, Any]:
+    """The module, and the object in it."""
     module, colon, name = path.rpartition(":")
     if not colon or not module or not name:
         raise EsplError(f"--agent is {path!r}, expected package.module:name, file.py:name, or oracle, silent, random")
-    found = _module(module, path)
+    home = found = _module(module, path)
     for part in name.split("."):
         try:
             found = getattr(found, part)
@@ -138,7 +147,7 @@ def load(path: str) -> Any:
             near = [n for n, value in vars(found).items() if callable(value) and not n.startswith("_")][:5]
             hint = f"; it has {', '.join(near)}" if near else ""
             raise EsplError(f"--agent {path!r}: {module} has no {part!r}{hint}") from None
-    return found
+    return home, found
 
 
 def _module(name: str, path: str) -> Any:

@@ -82,6 +82,7 @@ class _Evaluation:
     out: Path               # absolute: an agent may change the working directory
     called: Path            # the same as the user says it
     resume: bool
+    same_agent: bool
     quiet: bool
     again: str              # the command that goes on with it
     secret: Secret
@@ -95,7 +96,9 @@ class _Evaluation:
         refuse_foreign(self.out)
         if not (self.out / CONFIG).exists():
             return None
-        return (RunDirectory.open if self.resume else RunDirectory.create)(self.out, self.config)
+        if self.resume:
+            return RunDirectory.open(self.out, self.config, self.same_agent)
+        return RunDirectory.create(self.out, self.config)
 
     def standing(self) -> str:
         """What is there, and how to go on."""
@@ -110,6 +113,8 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
         raise EsplError("name what is played: --env ID (python -m espl_envs list shows all ids)")
     if chosen.out is None:
         raise EsplError("name the run directory: --out DIR")
+    if chosen.same_agent and not chosen.resume:
+        raise EsplError("--same-agent is for --resume: it goes on with a run that was begun with other files")
     out = chosen.out.absolute()
     if chosen.base_url is not None and (note := addresses.note(chosen.base_url)):
         _note(note)
@@ -135,7 +140,8 @@ def _prepare(chosen: Namespace, words: Sequence[str]) -> _Evaluation:
     if secret.held(config.to_json()):
         raise EsplError(f"the key in {secret.name} stands among the options, too, and would be written to {CONFIG}: "
                         "leave it out, the environment variable is enough")
-    return _Evaluation(door, arenas, config, limits, out, chosen.out, chosen.resume, chosen.quiet, again, secret)
+    return _Evaluation(door, arenas, config, limits, out, chosen.out, chosen.resume, chosen.same_agent, chosen.quiet,
+                       again, secret)  # fmt: skip
 
 
 def _evaluate(chosen: Namespace, words: Sequence[str]) -> int:

@@ -117,7 +117,8 @@ def compare(runs: Sequence[Path], *, intersect: bool = False) -> Comparison:
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunScores]:
-    """The scores of every run. A run is called by its agent, and by its directory too where that is not enough."""
+    """The scores of every run. A run is called by its agent, and by its directory too where that is not enough, and
+    "changed" where the agent's files did while it was played."""
     directories = [RunDirectory.read(path) for path in paths]
     agents = Counter(directory.config.agent.name for directory in directories)
     folders = Counter(path.name for path in paths)
@@ -125,7 +126,8 @@ def load_runs(paths: Sequence[Path]) -> list[RunScores]:
     for path, directory in zip(paths, directories, strict=True):
         agent = directory.config.agent.name
         where = path.name if folders[path.name] == 1 else str(path)
-        names.append(agent if agents[agent] == 1 else f"{agent} ({where})")
+        mixed = " (changed)" if directory.config.agent.changed else ""
+        names.append((agent if agents[agent] == 1 else f"{agent} ({where})") + mixed)
     return [scores_of(directory, name) for directory, name in zip(directories, names, strict=True)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -34,13 +34,17 @@ class EnvConfig:
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """Who plays. kind: "callable", "endpoint", "command", "run", "model", "builtin". name: what tables call it.
-    settings: whatever else decides its behaviour (temperature, max_tokens, the command), JSON-able, no credentials."""
+    settings: whatever else decides its behaviour (temperature, max_tokens, the command), JSON-able, no credentials.
+    files: what it is made of, with digests (`fingerprint`). changed: it was played with other files before, and the
+    user said that it is the same agent."""
 
     kind: str
     name: str
     model: str | None = None
     base_url: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    changed: bool = False
 
     def __post_init__(self) -> None:
         if self.base_url is not None:
@@ -134,6 +138,12 @@ class EvalConfig:
         names = dict.fromkeys([*here, *there])
         return {name: (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)}
 
+    def pardoned(self, other: EvalConfig) -> EvalConfig:
+        """This evaluation with the agent's files as `other` has them, and a note that they were others before."""
+        if self.agent.files == other.agent.files:
+            return self
+        return replace(self, agent=replace(self.agent, files=other.agent.files, changed=True))
+
     def grows_into(self, other: EvalConfig) -> bool:
         """Whether `other` is this evaluation with more samples or more tasks: what is there already stays valid."""
         if set(self.differences(other)) - {"k", "limit"} - {f"envs.{env.id} ({env.split}).tasks" for env in self.envs}:
@@ -153,6 +163,7 @@ def _decisive(config: EvalConfig) -> dict[str, Any]:
     raw = json.loads(config.to_json())
     for name in ("format", "started", "prices"):
         del raw[name]
+    del raw["agent"]["changed"]
     raw["envs"] = {f"{env.pop('id')} ({env['split']})": env for env in raw["envs"]}
     raw["system_prompts"] = dict(enumerate(raw["system_prompts"]))
     return raw

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -77,17 +77,19 @@ class RunDirectory:
             raise
 
     @classmethod
-    def open(cls, path: Path, config: EvalConfig | None = None) -> Self:
+    def open(cls, path: Path, config: EvalConfig | None = None, same_agent: bool = False) -> Self:
         """An existing run, to be continued as it is, or as `config` says: the same evaluation, or the same with more
-        samples or tasks. Raises RunError where `config` is another evaluation, with the differences."""
+        samples or tasks. Raises RunError where `config` is another evaluation, with the differences, of which other
+        files of the `same_agent` are none."""
         read_config(path)
         lock = _acquire(path)
         try:
             stored = read_config(path)
             if config is not None and config != stored:
-                if not stored.grows_into(config):
+                now = stored.pardoned(config) if same_agent else stored
+                if not now.grows_into(config):
                     raise RunError(_taken(path, stored, config))
-                stored = replace(config, started=stored.started)
+                stored = replace(config, started=now.started, agent=now.agent)
                 write_atomically(path / CONFIG, stored.to_json())
             return cls(path, stored, lock)
         except BaseException:
@@ -251,9 +253,18 @@ def _taken(path: Path, stored: EvalConfig, config: EvalConfig) -> str:
     changed = stored.differences(config)
     if not changed or stored.grows_into(config):
         return f"{path} holds this very evaluation already; continue it with --resume, or choose another --out."
+    if stored.pardoned(config).grows_into(config):
+        here, there = stored.agent.files, config.agent.files
+        files = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        return (f"{path} was played with another version of the agent ({_several(files)} changed): results of two "
+                "agents would be mixed; choose another --out, or add --same-agent where both answer alike.")
     shown = [f"{name}: {_short(there)} there, {_short(here)} here" for name, (there, here) in list(changed.items())[:5]]
     more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
     return f"{path} belongs to another evaluation ({'; '.join(shown)}{more}): choose another --out."
+
+
+def _several(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _short(value: Any, most: int = 60) -> str:

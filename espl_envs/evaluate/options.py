@@ -85,6 +85,8 @@ def parser() -> Parser:
     out = made.add_argument_group("results")
     out.add_argument("--out", metavar="DIR", type=Path, help="the run directory")
     out.add_argument("--resume", action="store_true", help="play what is missing or faulted in --out")
+    out.add_argument("--same-agent", action="store_true",
+                     help="with --resume: go on although the agent's files have changed (the results will say so)")
     out.add_argument("--json", action="store_true", help="summary.json on stdout")
     out.add_argument("--quiet", action="store_true", help="no progress")
     return made

@@ -23,7 +23,7 @@ from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.plain import one_line, visible
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
 from espl_envs.evaluate.summary import summary_of
-from espl_envs.evaluate.tables import interval, money, share
+from espl_envs.evaluate.tables import CHANGED, interval, money, share
 
 REPORT = "report.html"
 TRANSCRIPTS = 200
@@ -56,7 +56,7 @@ def write_report(
     anchors = {key: f"episode-{number}" for number, key in enumerate(chosen, 1)}
     css = files("espl_envs.evaluate").joinpath("report.css").read_text("utf-8")
     page = _template().render(
-        data=data, k=str(data["k"]), css=_markup(css), css_hash=_hash(css), whisker=charts.whisker,
+        data=data, k=str(data["k"]), changed=CHANGED, css=_markup(css), css_hash=_hash(css), whisker=charts.whisker,
         titles=[f"{env['id']} ({env['split']})" for env in data["envs"]],
         facts=_facts(data), usage=_usage(data["usage"]),
         parts=[_part(env, [line for line in lines if (line.key.env, line.key.split) == (env["id"], env["split"])],

@@ -151,7 +151,8 @@ class Runner:
             self._stopped += stopped
             if stopped and not episode.turns:
                 continue                                # nothing came of it, nor was anything paid for it
-            await self._scribe.write(_without(self._secret, episode))
+            episode = _without(self._secret, episode)
+            await self._scribe.write(episode)
             self._watcher.finished(episode)
             if not stopped:
                 self._count_faults(episode)

@@ -59,7 +59,8 @@ class ServedDoor:
         self.tool_syntax: ToolSyntax = known["tool_syntax"]
         prompt = known["system_prompt"]
         self.system_prompts: tuple[str, ...] = () if prompt is None else (prompt,)
-        identity = {name: known[name] for name in ("prompt", "step", "weights") if known[name] not in (None, "")}
+        names = ("prompt", "step", "weights", "base")
+        identity = {name: known[name] for name in names if known[name] not in (None, "")}
         self.config = AgentConfig(
             known["kind"], self.name, known["model"], settings={**self.sampling.to_dict(), **identity}
         )

@@ -146,6 +146,7 @@ def summary_of(
     masked = {name: sum(env["episodes"][name] for env in envs) for name in ("expected", "scored", "faults", "missing")}
     return {
         "format": FORMAT, "agent": config.agent.name, "model": config.agent.model,
+        "agent_files": dict(config.agent.files), "agent_changed": config.agent.changed,
         **_interval(headline), "refused": refused, "partial": masked["scored"] < masked["expected"],
         "k": config.k, "tasks": sum(env["tasks"] for env in envs), "prompts": max(1, len(config.system_prompts)),
         "episodes": masked, "damaged_lines": directory.damaged,

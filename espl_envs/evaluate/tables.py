@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from espl_envs.evaluate.regrade import Regrading
     from espl_envs.evaluate.summary import Summary
 
+CHANGED = "the agent's files changed while this run was played (--same-agent): it may be a mixture of two agents"
 VERDICTS = {"better": "green", "worse": "red", "undecided": "yellow"}
 
 
@@ -51,6 +52,7 @@ def summary_table(summary: Summary) -> Any:
         facts.append(money(usage["cost"]["total"], usage["cost"]["currency"]))
     facts.append(f"{data['episodes']['scored']:,} of {data['episodes']['expected']:,} episodes")
     parts = [headline, table, text(" · ".join(facts), "dim")]
+    parts += [text(f"warning: {CHANGED}", "bold yellow")] if data["agent_changed"] else []
     parts += [text(f"{e['count']} × {e['outcome']}: {one_line(e['error'])}", "yellow") for e in data["errors"][:3]]
     return _rich("console").Group(*parts)
 

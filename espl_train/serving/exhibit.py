@@ -15,6 +15,7 @@ from espl_train.chat import Chat
 from espl_train.config import Config
 from espl_train.engines.base import Engine
 from espl_train.runs.directory import CONFIG
+from espl_train.serving.identity import weights_of
 from espl_train.serving.server import Offer
 from espl_train.settings import ConfigError, load, override
 from espl_train.snapshot import Snapshot
@@ -82,6 +83,7 @@ class Exhibit:
             "kind": self.kind, "name": self.offer.name, "model": self.config.model.path, "prompt": self.prompt,
             "system_prompt": self.offer.system_prompt if self.prompt else None,
             "step": self.run.step if self.run else None, "weights": self.run.weights if self.run else "",
+            "base": weights_of(self.config.model.path, self.config.model.revision),
             "temperature": self.offer.temperature, "max_tokens": self.offer.max_tokens,
             "tool_syntax": tools, "engine": self.config.engine.kind,
         }  # fmt: skip
