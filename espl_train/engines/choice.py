@@ -45,7 +45,7 @@ def inspect(config: Config, settings: Any) -> str:
         for problem in _vllm_problems(config):
             raise EsplError(problem)
     _fits(config, settings)
-    return f"{config.engine.kind}, {config.engine.slots} sequences at once"
+    return f"{config.engine.kind}, {config.engine.slots} sequences at once{_share(config)}"
 
 
 def concurrent(config: Config, device: str) -> bool:
@@ -85,6 +85,18 @@ def _vllm_problems(config: Config) -> Iterator[str]:
     ):
         if value != 0 and not 0.01 <= value <= 2:
             yield f"{name} is {value:g}, but vLLM samples at temperatures from 0.01 to 2; choose one of those"
+
+
+def _share(config: Config) -> str:
+    """What vLLM takes of a GPU that the learner works on, too, in words."""
+    device = pick_device(config.model.device)
+    if config.engine.kind != "vllm" or device.type != "cuda":
+        return ""
+    whole = torch.cuda.get_device_properties(device).total_memory / GIB
+    meanwhile = {
+        "sleep": "all of it given back", "kv": "all but its weights given back", "keep": "none of it given back",
+    }[config.engine.pause]
+    return f"; {config.engine.gpu_memory * whole:.1f} GiB of the GPU's {whole:.1f}, {meanwhile} while the learner works"
 
 
 def _vllm_build() -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -321,6 +322,7 @@ class VllmEngine:
             self._running.clear()
         core, self._core = self._core, None
         self._deaths += 1
+        let_go(error)
         if core is not None:
             with suppress(Exception):                     # it is broken already, and the reason is told
                 core.close()
@@ -329,6 +331,14 @@ class VllmEngine:
             broken = EngineError(f"vLLM broke: {type(error).__name__}: {error}")
             broken.__cause__ = error
         self._fail(failed, broken)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Forget what the frames below an error hold. Whoever keeps the error would keep vLLM with it, and on a GPU all of
+    its memory, which the next one needs."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _adapted(policy: Policy) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ default is the raw one.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -80,6 +81,7 @@ class Core:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(torch.distributed.is_initialized()))
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        self._tidy()
         with _undisturbed():
             try:
                 common = self._arguments(model, settings, config, context, kv_bytes)
@@ -165,6 +167,7 @@ class Core:
     def wake(self) -> None:
         """Take it back. What is served afterwards must be proven again: adapters have come back damaged."""
         if self.device.type == "cuda" and self._engine.is_sleeping():
+            self._tidy()
             self._engine.wake_up()
 
     def close(self) -> None:
@@ -172,6 +175,15 @@ class Core:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
+            del engine
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Let the GPU have what this process has freed and torch holds back: vLLM looks at what is free, and it cannot
+        be set up a second time, nor in another process, before the memory of the first is really gone."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _drain(self) -> None:
         """Finish the step that vLLM has begun ahead for requests that have ended meanwhile."""
