@@ -32,6 +32,7 @@ from espl_train.engines import decode
 from espl_train.engines.base import EngineError, Sample
 from espl_train.engines.kv import KVSlab, TokenSlab, slab_for
 from espl_train.engines.local import LocalEngine
+from espl_train.engines.sampling import Law, draw
 from espl_train.learner.policy import Policy
 from espl_train.randomness import uniforms
 
@@ -151,6 +152,19 @@ def test_every_token_is_drawn_by_a_number_of_its_own(world: World) -> None:
         end = ends[places, tokens]
         begin = torch.where(tokens > 0, ends[places, tokens - 1], 0.0)
         assert bool(((begin - 1e-4 <= number) & (number <= end + 1e-4)).all())
+
+
+def test_draws_are_exact_in_a_large_vocabulary_and_never_of_what_has_no_chance() -> None:
+    count, rows = 150_000, torch.arange(16)
+    wanted = 7 + (count - 20) * (rows + 1) // 17
+    chances = torch.ones(16, count)
+    chances[:, :7] = chances[:, -13:] = chances[rows, wanted - 1] = 0
+    number = (wanted - 7 - 1 + 0.5) / float(chances[0].sum())                   # the middle of the share of each
+    law = Law.of([1.0] * 16, [1.0] * 16, torch.device("cpu"))
+    logp = (chances / chances.sum(1, keepdim=True)).log()
+    assert draw(logp, law, number.double())[0].tolist() == wanted.tolist()
+    ends = torch.tensor([1e-15, 1 - 2**-48] * 8, dtype=torch.float64)
+    assert draw(logp, law, ends)[0].tolist() == [7, count - 14] * 8
 
 
 def test_what_nobody_needs_any_more_is_given_back(world: World) -> None:

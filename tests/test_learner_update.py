@@ -294,6 +294,14 @@ def test_the_bounds_of_the_ratio_are_the_configured_ones():
     assert 0 == clipped(0.0, 1e9) < clipped(0.0, 1.28) < clipped(0.8, 1.28) < clipped(1.0, 1.0) < 1
 
 
+def test_a_constant_denominator_is_the_configured_one():
+    """Of a token: the constant times the number of sequences (arXiv 2503.20783, equation 3, its G and a constant)."""
+    groups = random_groups(0)
+    losses = [learner(normalise="constant", normalise_constant=n).update(groups).loss for n in (1, 500)]
+    total = learner().update(groups).loss
+    assert losses == pytest.approx([total / 12, total / 6000], rel=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_an_on_policy_batch_reports_ratios_of_one_and_no_divergence(temperature):
     who = learner(temperature=temperature)
