@@ -185,13 +185,12 @@ def _guarded(config: Config, sets: Mapping[str, ProblemSets], tokenizer: Any) ->
 
 def _directory(config: Config, run: Path | None, dry: bool) -> Iterator[tuple[str, str]]:
     """Where the run is written to. Raises RunError where there is something else already, or somebody at work."""
-    from espl_train.runs import checkpoint
-    from espl_train.runs.directory import default_path, refuse_busy, refuse_taken
+    from espl_train.runs.directory import default_path, refuse_busy, refuse_taken, saved
 
     if run is not None:
         if not dry:
             refuse_busy(run)
-        done = max(checkpoint.steps(run / "checkpoints"), default=None)
+        done = saved(run)
         stands = "from its beginning: nothing is saved yet" if done is None else f"{done} of {config.steps} steps done"
         yield "run directory", f"{run} (continued, {stands})"
         return

@@ -152,9 +152,16 @@ class ProblemSets:
 
 
 def text_env(env_id: str, args: dict[str, Any], split: str | None = None) -> TextEnv:
-    """The bare environment. Raises EsplError for an unknown id, and for what is no text environment."""
+    """The bare environment. Raises EsplError for an unknown id, for what is no text environment, and for arguments that
+    it stumbles over."""
     chosen = {} if split is None else {"split": split}
-    env = espl_envs.make(env_id, **chosen, **args).unwrapped
+    try:
+        env = espl_envs.make(env_id, **chosen, **args).unwrapped
+    except (TypeError, ValueError) as error:
+        if not args:
+            raise
+        given = ", ".join(f"{name} = {value!r}" for name, value in args.items())
+        raise EsplError(f"{env_id} cannot be made with {given}: {type(error).__name__}: {error}") from error
     if not isinstance(env, TextEnv):
         raise EsplError(f"{env_id} is a {type(env).__name__}, not a TextEnv: only text environments can be trained on")
     return env

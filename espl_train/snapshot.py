@@ -76,12 +76,13 @@ class Snapshot:
     @cached_property
     def records(self) -> tuple[Mapping[str, Any], ...]:
         """metrics.jsonl up to this step."""
-        return tuple(row for row in read_lines(self.folder / "metrics.jsonl") if row.get("step", 0) <= self.step)
+        return tuple(row for row in read_lines(self.folder / "metrics.jsonl", "step") if row["step"] <= self.step)
 
     @cached_property
     def events(self) -> tuple[Mapping[str, Any], ...]:
         """events.jsonl up to this step."""
-        return tuple(row for row in read_lines(self.folder / "events.jsonl") if row.get("step", 0) <= self.step)
+        rows = read_lines(self.folder / "events.jsonl", "step", "kind")
+        return tuple(row for row in rows if row["step"] <= self.step)
 
     @cached_property
     def templates(self) -> TemplateSet:

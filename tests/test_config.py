@@ -243,7 +243,7 @@ jsonable = st.recursive(
     rate=numbers,
     mu=st.floats(-1e9, 1e9),
     args=st.dictionaries(texts, jsonable, max_size=4),
-    path=texts,
+    path=texts.map(lambda text: text.replace("\0", "")),
     seed=st.integers(0, 2**62),
 )
 def test_config_to_toml_and_back_is_exact(rate: float, mu: float, args: dict[str, Any], path: str, seed: int) -> None:
@@ -335,3 +335,17 @@ def test_pair_presets_have_registered_ids_and_the_numbers_of_the_paper(name: str
 
 def test_the_engine_has_a_short_form() -> None:
     assert parse(["--engine", "vllm"]).overrides == {"engine.kind": "vllm"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("preset = 5", "preset is 5 .*a name, or a list of names"), ("preset = [5]", "a name, or a list of names"),
+        ("preset = {a = 1}", "a name, or a list of names"), ("a = " + "[" * 5000, "nested too deeply"),
+        ('out = "a\\u0000b"', "out is .*must not hold a null character"),
+        ('[reflection]\ncache_dir = "\\u0000"', "must not hold a null character"),
+    ],
+)  # fmt: skip
+def test_files_that_nobody_should_write_are_sentences(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        from_toml(text)

@@ -15,7 +15,7 @@ from espl_little import LETTERS
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import EnvConfig
-from espl_train.problems import SHARES, Deck, Problems, ProblemSets, carve
+from espl_train.problems import SHARES, Deck, Problems, ProblemSets, carve, text_env
 
 
 def sets(sizes: dict[str, int], **settings: Any) -> ProblemSets:
@@ -177,3 +177,8 @@ def test_the_tasks_of_a_part_are_those_that_its_environment_plays() -> None:
 def test_something_that_is_no_text_environment_is_refused() -> None:
     with pytest.raises(EsplError, match="not a TextEnv"):
         ProblemSets.of(EnvConfig(id="CartPole-v1"))
+
+
+def test_an_argument_that_an_environment_stumbles_over_is_a_sentence() -> None:
+    with pytest.raises(EsplError, match=r"espl/Conventions-v0 cannot be made with world = 'abc': TypeError: "):
+        text_env("espl/Conventions-v0", {"world": "abc"})

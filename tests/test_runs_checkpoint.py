@@ -228,3 +228,24 @@ def test_a_manifest_is_readable_by_people(tmp_path: Path) -> None:
     manifest = json.loads((path / "MANIFEST.json").read_text())
     assert manifest["step"] == 12
     assert manifest["files"]["state.json"]["size"] == (path / "state.json").stat().st_size
+
+
+def test_whether_a_run_can_go_on_is_known_from_manifests_alone(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "absent") is None
+    save(tmp_path, 1, payloads(1), keep=3)
+    save(tmp_path, 2, payloads(2), keep=3)
+    assert checkpoint.newest(tmp_path) == 2
+    manifest = tmp_path / "step-000002" / checkpoint.MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
+    assert checkpoint.newest(tmp_path) == 1, "load_newest goes on from there, with a warning"
+    (tmp_path / "step-000001" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="was made by an older version of espl"):
+        checkpoint.newest(tmp_path)
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match=r"step-000002 is damaged \(MANIFEST.json is unreadable\), and so are"):
+        checkpoint.newest(tmp_path)
+
+
+def test_one_that_was_being_replaced_counts(tmp_path: Path) -> None:
+    (save(tmp_path, 4, payloads(4), keep=3)).rename(tmp_path / f"{checkpoint.REPLACED}step-000004")
+    assert checkpoint.newest(tmp_path) == 4 and load_newest(tmp_path)[0] == 4

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pytest
 from espl_envs.core.errors import EsplError
 from espl_train.config import Config
 from espl_train.runs import directory
+from espl_train.runs.checkpoint import CheckpointError
 from espl_train.runs.directory import RunDirectory, RunError, default_path, read_config
 from espl_train.runs.metrics import JsonLines, RunLog, plain, read_lines
 from espl_train.settings import override
@@ -32,7 +34,7 @@ def play(run: RunDirectory, first: int, last: int, save: bool = True) -> None:
     for step in range(first, last + 1):
         run.log.event(step, "born", id=f"p{step:04d}", why="…")
         run.log.metrics({"step": step, "reward/mean": step / 7})
-        run.write_rollouts(step, [{"step": step, "reward": 1 / step, "text": "⊕"}])
+        run.write_rollouts(step, [{"step": step, "reward": 1 / (step + 1), "text": "⊕"}])
         run.write_population({"step": step})
         if save:
             run.save(step, {"state": {"step": step}})
@@ -82,10 +84,20 @@ def test_falling_back_to_an_older_checkpoint_takes_the_logs_along(tmp_path: Path
 
 def test_a_run_killed_before_its_first_checkpoint_starts_at_its_beginning(tmp_path: Path) -> None:
     with RunDirectory.create(config(tmp_path / "run")) as run:
-        play(run, 1, 2, save=False)
+        play(run, 0, 0, save=False)
     with RunDirectory.open(tmp_path / "run") as run:
         assert run.restore() is None
         assert list(read_lines(run.path / "metrics.jsonl")) == [] and list(run.rollouts.iterdir()) == []
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(tmp_path: Path) -> None:
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        play(run, 1, 2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = content(tmp_path / "run")
+    with RunDirectory.open(tmp_path / "run") as run, pytest.raises(CheckpointError, match="tells of 2 steps: put the"):
+        run.restore()
+    assert content(tmp_path / "run") == before
 
 
 def test_rollouts_are_lines_of_json_and_the_same_bytes_every_time(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _parser() -> Parser:
     )
     made.add_run()
     made.add_argument("action", nargs="?", choices=ACTIONS, default="list", help="default: list")
-    made.add_argument("ids", nargs="*", metavar="ID", help="of children")
+    made.add_argument("ids", nargs="*", metavar="ID", default=[], help="of children")
     made.add_argument("--file", metavar="FILE", type=Path, help="edit: take the principles from here, one a line, and "
                       "open no editor")
     made.add_argument("--why", metavar="TEXT", default="", help="a word on the decision, for the log")

@@ -197,7 +197,41 @@ def _has_tensors(value: Any, path: str) -> bool:
     raise TypeError(f"checkpoint payload {path}: a {type(value).__name__} cannot be stored")
 
 
+def newest(folder: Path) -> int | None:
+    """Step of the newest checkpoint that this version reads, by its manifest alone; None where there is none at all.
+    Raises CheckpointError where there are only others."""
+    problem = ""
+    left = folder.glob(f"{REPLACED}step-*") if folder.is_dir() else ()          # will return, see `recover`
+    there = {path.name.removeprefix(REPLACED): path for path in left}
+    there |= {f"step-{step:06d}": folder / f"step-{step:06d}" for step in steps(folder)}
+    known = {int(match[1]): path for name, path in there.items() if (match := NAME.fullmatch(name))}
+    for step, path in sorted(known.items(), reverse=True):
+        try:
+            _manifest(path, step)
+        except Foreign as other:
+            problem = problem or f"The checkpoint {path} {other}"
+        except Damaged as damage:
+            problem = problem or f"The checkpoint {path} is damaged ({damage}), and so are those before it."
+        else:
+            return step
+    if problem:
+        raise CheckpointError(problem)
+    return None
+
+
 def _read(path: Path, step: int, names: Collection[str] | None) -> dict[str, Any]:
+    files = _manifest(path, step)
+    for file, (size, digest) in files.items():
+        if not (path / file).is_file():
+            raise Damaged(f"{file} is missing")
+        if (path / file).stat().st_size != size or _sha256(path / file) != digest:
+            raise Damaged(f"{file} does not match its checksum")
+    wanted = [file for file in files if names is None or Path(file).stem in names]
+    return {Path(file).stem: _read_payload(path / file) for file in wanted}
+
+
+def _manifest(path: Path, step: int) -> dict[str, tuple[int, str]]:
+    """The files of a checkpoint, each with its size and its hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -214,13 +248,7 @@ def _read(path: Path, step: int, names: Collection[str] | None) -> dict[str, Any
             f"was made by {made} version of espl (format {version}, here {FORMAT}): continue the run with that "
             "version, or start a new one."
         )
-    for file, (size, digest) in files.items():
-        if not (path / file).is_file():
-            raise Damaged(f"{file} is missing")
-        if (path / file).stat().st_size != size or _sha256(path / file) != digest:
-            raise Damaged(f"{file} does not match its checksum")
-    wanted = [file for file in files if names is None or Path(file).stem in names]
-    return {Path(file).stem: _read_payload(path / file) for file in wanted}
+    return files
 
 
 def _read_payload(path: Path) -> Any:

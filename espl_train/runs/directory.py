@@ -28,7 +28,7 @@ from espl_envs.core.errors import EsplError
 from espl_train import disk
 from espl_train.config import Config
 from espl_train.runs import checkpoint
-from espl_train.runs.metrics import RunLog, TensorBoard, plain
+from espl_train.runs.metrics import RunLog, TensorBoard, plain, read_lines
 from espl_train.settings import differences, from_toml, override, to_toml
 from espl_train.settings.options import options
 
@@ -39,7 +39,7 @@ HARMLESS = (
     *("evolution.reflector", "reflection.*"),
 )
 BOOKKEEPING = "run"
-CONFIG, LOCK = "config.toml", ".lock"
+CONFIG, LOCK, CHECKPOINTS, METRICS = "config.toml", ".lock", "checkpoints", "metrics.jsonl"
 
 
 class RunError(EsplError):
@@ -102,7 +102,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def saved_step(self) -> int | None:
@@ -132,9 +132,10 @@ class RunDirectory:
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
         """Step and payloads of the newest good checkpoint, with the logs cut back to it; None if none was ever taken
-        (then the logs are empty again and the run starts at its beginning)."""
+        (then the logs are empty again and the run starts at its beginning). Raises CheckpointError where those that
+        were taken are of no use, or gone."""
         checkpoint.recover(self.checkpoints)
-        if not checkpoint.steps(self.checkpoints):
+        if saved(self.path) is None:
             self._rewind({"metrics": 0, "events": 0}, "")
             return None
         step, payloads = checkpoint.load_newest(self.checkpoints, self.warn)
@@ -215,6 +216,18 @@ def read_config(path: Path) -> Config:
     except (OSError, UnicodeDecodeError) as problem:
         raise RunError(f"{path / CONFIG} cannot be read: {problem}.") from None
     return from_toml(text, str(path / CONFIG))
+
+
+def saved(path: Path) -> int | None:
+    """The step from which the run in `path` would go on; None where it would begin. Raises CheckpointError where it
+    cannot: a run whose checkpoints are gone would lose all else."""
+    step = checkpoint.newest(path / CHECKPOINTS)
+    if step is None and (done := max((row["step"] for row in read_lines(path / METRICS, "step")), default=0)):
+        raise checkpoint.CheckpointError(
+            f"There is no checkpoint in {path / CHECKPOINTS}, but {METRICS} tells of {done} steps: put the checkpoints "
+            "back, or start a new run with another --out."
+        )
+    return step
 
 
 def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Config:

@@ -77,12 +77,16 @@ class JsonLines:
         self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
     """The records of a JSONL file; an unfinished last line (a process died while writing) is left out. Raises EsplError
-    for a line that is no record."""
+    for a line that is no record, or has not all the `fields`."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    try:
+        content = path.open("rb")
+    except OSError as problem:
+        raise EsplError(f"{path} cannot be read: {problem.strerror}") from None
+    with content as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
@@ -90,7 +94,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if not isinstance(record, dict):
+            if not isinstance(record, dict) or not all(field in record for field in fields):
                 raise EsplError(f"{path} is damaged: line {number} is no record; restore the file, or take it out")
             yield record
 

@@ -78,8 +78,10 @@ def _merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
                 continue
             if key in options():
                 values[key] = value
-            else:
+            elif table in options() and options()[table].is_table:
                 values[table] = {**values[table], entry: value}
+            else:
+                raise ConfigError(f"There is no option {key}.{hint(nearest_option(key))}")
             origins[key if key in options() else table] = layer.origin
     return values, origins
 
@@ -130,7 +132,7 @@ def read_file(path: Path) -> Layer:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"The configuration file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from None
     return _layer(text, str(path))
 
@@ -146,13 +148,17 @@ def _layer(text: str, origin: str) -> Layer:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin} is not valid TOML: {error}.") from None
+    except RecursionError:
+        raise ConfigError(f"{origin} is not valid TOML: it is nested too deeply.") from None
     presets = tree.pop("preset", [])
-    names = (presets,) if isinstance(presets, str) else tuple(presets)
+    names = [presets] if isinstance(presets, str) else presets
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"preset is {presets!r} ({origin}); it takes a name, or a list of names.")
     values: dict[str, Any] = {}
     problems = list(_flatten_tree(tree, "", values, origin))
     if problems:
         raise ConfigError("\n".join(problems))
-    return Layer(origin, values, names)
+    return Layer(origin, values, tuple(names))
 
 
 def _flatten_tree(tree: Mapping[str, Any], prefix: str, out: dict[str, Any], origin: str) -> Iterable[str]:

@@ -179,11 +179,14 @@ def hint(name: str | None, prefix: str = "") -> str:
 
 
 def unfit(option: Option, value: Any, origin: str = "") -> str | None:
-    """What pydantic would let pass and no option means: true and false as numbers, numbers that are not finite."""
+    """What pydantic would let pass and no option means: true and false as numbers, numbers that are not finite, null
+    characters."""
     where = f" ({origin})" if origin else ""
     for item in value if isinstance(value, list | tuple) else (value,):
         if isinstance(item, bool) and option.kind is not bool and not option.is_table:
             return f"{option.key} is {str(item).lower()}{where}; it takes a {option.takes}."
+        if isinstance(item, str) and "\0" in item:
+            return f"{option.key} is {item!r}{where}: a text must not hold a null character."
         if _is_number(option) and str(item).lower().strip("+-") in ("nan", "inf", "infinity"):
             return f"{option.key} is {item}{where}; it takes a finite number."
     return None
