@@ -21,6 +21,7 @@ from espl_train.evolution.prompts import Child, Principle
 from espl_train.evolution.rejections import Reason, Rejection
 from espl_train.learner import losses
 from espl_train.runs.metrics import read_lines
+from espl_train.settings import ConfigError, load
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLE = DOCS / "examples" / "own_parts.py"
@@ -56,6 +57,12 @@ def test_a_run_is_trained_continued_and_read(
     run = tmp_path / "runs" / "mine"
     assert [record["step"] for record in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
     assert (run / "best_prompt.txt").is_file()
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("learner.lr", "learner.learning_rate"), ("stpes", "steps")])
+def test_an_option_that_there_is_not_is_named_with_the_nearest(wrong: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"There is no option {wrong}. Did you mean {meant}?"):
+        load(overrides={wrong: 1})
 
 
 def test_the_loss_is_known_by_its_name_where_the_example_runs_and_nowhere_else(
