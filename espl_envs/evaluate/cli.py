@@ -241,7 +241,7 @@ def _show(result: Any, as_json: bool, to: TextIO | None = None) -> None:
 
 def _report(words: list[str]) -> int:
     parser = options.Parser(prog="espl-eval report", description="Summarise a run again and write its report.html.")
-    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
     parser.add_argument("--allow-faults", action="store_true", help="a headline also with more than 1 %% of faults")
     parser.add_argument("--json", action="store_true", help="summary.json on stdout")
     chosen = parser.parse_args(words)
@@ -253,8 +253,8 @@ def _regrade(words: list[str]) -> int:
     from espl_envs.evaluate.regrade import regrade
 
     parser = options.Parser(prog="espl-eval regrade", description="Grade the transcripts of a run anew, offline.")
-    parser.add_argument("run", metavar="RUN", type=Path)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     chosen = parser.parse_args(words)
     _show(regrade(chosen.run), chosen.json)
     return 0
@@ -264,9 +264,9 @@ def _compare(words: list[str]) -> int:
     from espl_envs.evaluate.compare import compare
 
     parser = options.Parser(prog="espl-eval compare", description="Compare runs on the same tasks, in pairs.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directories: every two are a pair")
     parser.add_argument("--intersect", action="store_true", help="compare what they share where they differ")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     chosen = parser.parse_args(words)
     _show(compare(chosen.runs, intersect=chosen.intersect), chosen.json)
     return 0
@@ -276,9 +276,9 @@ def _leaderboard(words: list[str]) -> int:
     from espl_envs.evaluate.leaderboard import leaderboard
 
     parser = options.Parser(prog="espl-eval leaderboard", description="Rank all runs below a folder.")
-    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a folder with run directories somewhere below it")
     parser.add_argument("--allow-faults", action="store_true", help="also runs with more than 1 %% of faults")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     chosen = parser.parse_args(words)
     _show(leaderboard(chosen.folder, allow_faults=chosen.allow_faults), chosen.json)
     return 0

@@ -56,8 +56,10 @@ def parser() -> Parser:
     what.add_argument("--seed", metavar="N", type=int,
                       help="of tasks and random draws (0); given, servers are sent one seed per turn, too")
     who = made.add_argument_group("AGENT: one of")
-    who.add_argument("--agent", metavar="NAME", help="package.module:name, file.py:name, or oracle, silent, random")
-    who.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server, with --model")
+    who.add_argument("--agent", metavar="NAME",
+                     help="a callable, package.module:name or file.py:name; or oracle, silent, random")
+    who.add_argument("--base-url", metavar="URL",
+                     help="an OpenAI-compatible server, as in http://localhost:8000/v1; with --model")
     who.add_argument("--model", metavar="NAME", help="the server's model; without --base-url a folder or hub id")
     who.add_argument("--command", metavar="WORDS", help="a program; {task_file} stands for the file with its task")
     who.add_argument("--run", metavar="DIR", help="a run of espl-train: its adapter and its chosen prompt")
@@ -65,7 +67,7 @@ def parser() -> Parser:
                      "NAME/best where it has several environments")
     how = made.add_argument_group("models")
     how.add_argument("--api-key-env", metavar="VARIABLE", help=f"environment variable with the key ({VARIABLE})")
-    how.add_argument("--temperature", type=_amount, metavar="T")
+    how.add_argument("--temperature", type=_amount, metavar="T", help="0 is greedy; default: the server's, or the run's")
     how.add_argument("--max-tokens", type=_positive, metavar="N", help="of one reply")
     how.add_argument("--request", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
                      help="more fields of every request, as in top_p=0.95 reasoning_effort=high")

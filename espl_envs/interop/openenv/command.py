@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> options.Parser:
     parser = options.Parser(prog="espl-eval serve", description="Serve an environment by OpenEnv's protocol.")
-    parser.add_argument("--env", metavar="ID", required=True)
+    parser.add_argument("--env", metavar="ID", required=True, help="the environment")
     parser.add_argument("--env.args", dest="env_args", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
                         help="arguments of the environment")
     parser.add_argument("--split", choices=plan.splits(),
