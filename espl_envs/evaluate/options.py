@@ -67,7 +67,7 @@ def parser() -> Parser:
                      "NAME/best where it has several environments")
     how = made.add_argument_group("models")
     how.add_argument("--api-key-env", metavar="VARIABLE", help=f"environment variable with the key ({VARIABLE})")
-    how.add_argument("--temperature", type=_amount, metavar="T", help="0 is greedy; default: the server's, or the run's")
+    how.add_argument("--temperature", type=_amount, metavar="T", help="0: greedy; default: the server's or the run's")
     how.add_argument("--max-tokens", type=_positive, metavar="N", help="of one reply")
     how.add_argument("--request", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
                      help="more fields of every request, as in top_p=0.95 reasoning_effort=high")
