@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from evaluation_kit import ENV, write_run
 
 from espl_envs.core.errors import EsplError
+from espl_envs.evaluate import missing as missing_module
 from espl_envs.evaluate.compare import Incomparable, Pair, compare
 from espl_envs.evaluate.directory import CONFIG, RunDirectory, write_atomically
 from espl_envs.evaluate.records import Episode, Outcome
@@ -158,13 +160,95 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert compare([a, b], intersect=True).pairs[0].tasks == 1
 
 
-def test_a_limit_and_faults_cost_a_note(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", {ENV: [[1.0]] * 6}, "a")
-    b = write_run(tmp_path / "b", {ENV: [[1.0], [None], [0.0]]}, "b")
+def test_what_is_left_out_is_counted_with_its_reasons(tmp_path: Path) -> None:
+    """Faults and what was not played, by run and by task; what only one was to play is no part of the comparison."""
+    a = write_run(tmp_path / "a", {ENV: [[1.0, 1.0], [1.0, 0.0], [None, None], [None, 1.0], [], [1.0, 1.0]]}, "a")
+    b = write_run(tmp_path / "b", {ENV: [[1.0, 0.0], [None], [1.0, 1.0], [1.0, 1.0], []]}, "b", k=2)
     found = compare([a, b])
-    assert found.pairs[0].tasks == 2
-    assert any("4 tasks that only one of a and b" in note for note in found.warnings)
-    assert any("b: 1 episodes have no score" in note for note in found.warnings)
+    missing = found.pairs[0].missing
+    assert missing is not None and found.pairs[0].tasks == 2
+    assert (missing.without_a, missing.without_b, missing.without_both, missing.short) == (1, 1, 1, 1)
+    assert missing.planned == 5 and (missing.faults, missing.unplayed) == ((3, 1), (2, 3)) and missing.left_out == 3
+    assert "a task that only one of a and b was to play" in found.warnings[0]
+    assert found.warnings[1].startswith(
+        "b against a: 3 of 5 pairs are left out (1 for want of a score in a, 1 for want of a score in b, 1 for want of "
+        "a score in both), 1 is compared on fewer samples than planned; a lacks 3 faulted and 2 unplayed episodes, b "
+        "lacks 1 faulted and 3 unplayed episodes. Whatever they would have been, the verdict stands (undecided, "
+    )
+    whole = compare([write_run(tmp_path / name, {ENV: [[1.0]] * 3}, name) for name in "cd"])
+    assert whole.pairs[0].missing is None and not whole.warnings
+
+
+def gaps(seed: int) -> tuple[list[list[float | None]], list[list[float | None]], np.random.Generator]:
+    """Two runs of eleven tasks, B the better one, with two or three scores missing."""
+    random = np.random.default_rng(seed)
+    a: list[list[float | None]] = [[float(x)] for x in random.random(11) < 0.2]
+    b: list[list[float | None]] = [[float(x)] for x in random.random(11) < 0.9]
+    for _ in range(int(random.integers(2, 4))):
+        (a, b)[random.integers(2)][random.integers(11)][0] = None
+    return a, b, random
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_ends_hold_whatever_the_missing_would_have_been(seed: int, tmp_path: Path) -> None:
+    """Every way to fill the gaps in, by brute force: no difference beyond the ends, and a verdict that is said to stand
+    stands."""
+    a, b, _ = gaps(seed)
+    found = pair(tmp_path / "gaps", a, b)  # type: ignore[arg-type]
+    assert found.missing is not None and found.missing.ends is not None
+    holes = [(side, task) for side, run in enumerate((a, b)) for task, scores in enumerate(run) if scores[0] is None]
+    filled = []
+    for number, values in enumerate(itertools.product((0.0, 1.0), repeat=len(holes))):
+        runs = [[list(scores) for scores in run] for run in (a, b)]
+        for (side, task), value in zip(holes, values, strict=True):
+            runs[side][task] = [value]
+        filled.append(pair(tmp_path / str(number), *runs))  # type: ignore[arg-type]
+    seen = [one.difference.mean for one in filled]
+    assert (min(seen), max(seen)) == pytest.approx([end[0] for end in found.missing.ends])
+    verdicts = {one.verdict for one in filled}
+    assert found.missing.hinges == (verdicts != {found.verdict})
+    assert set(found.missing.could_be or ()) <= verdicts
+
+
+def test_a_verdict_that_hinges_on_what_is_missing_is_said_loudly(tmp_path: Path) -> None:
+    few = write_run(tmp_path / "few", {ENV: [[0.0]] * 7 + [[1.0]] * 20}, "few")
+    faulty = write_run(tmp_path / "faulty", {ENV: [[1.0]] * 7 + [[1.0]] * 12 + [[None]] * 8}, "faulty")
+    found = compare([few, faulty])
+    assert found.pairs[0].verdict == "better" and found.pairs[0].missing is not None and found.pairs[0].missing.hinges
+    assert found.pairs[0].missing.could_be == ("undecided", "better")
+    shown = str(found)
+    assert "better *" in shown and "* warning: faulty against few: 8 of 27 pairs are left out" in shown
+    clear = compare([write_run(tmp_path / "low", {ENV: [[0.0]] * 25}, "low"),
+                     write_run(tmp_path / "high", {ENV: [[1.0]] * 24 + [[None]]}, "high")])  # fmt: skip
+    assert clear.pairs[0].missing is not None and not clear.pairs[0].missing.hinges
+    shown = " ".join(str(clear).split())
+    assert "better *" not in shown and "note: high against low: 1 of 25 pairs is left out" in shown
+    assert "the verdict stands (better, +0.960 to +1.000)" in shown
+
+
+def test_an_environment_that_one_run_has_no_score_for_at_all_is_missing_too(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", {ENV: [[0.0]] * 9, OTHER: [[1.0]] * 4}, "a")
+    b = write_run(tmp_path / "b", {ENV: [[1.0]] * 9, OTHER: [[None]] * 4}, "b")
+    found = compare([a, b]).pairs[0]
+    assert found.verdict == "better" and found.missing is not None and found.missing.without_b == 4
+    assert found.missing.hinges and found.missing.ends is not None and found.missing.ends[0][0] == 0.0
+
+
+def test_scores_without_bounds_leave_what_is_missing_open(tmp_path: Path) -> None:
+    found = compare([write_run(tmp_path / "a", {ENV: [[7.0]] * 9}, "a"),
+                     write_run(tmp_path / "b", {ENV: [[9.0]] * 8 + [[None]]}, "b")])  # fmt: skip
+    missing = found.pairs[0].missing
+    assert missing is not None and missing.ends is None and missing.hinges
+    assert "nobody knows, since the scores have no bounds" in found.warnings[0]
+
+
+def test_the_mutant_that_takes_the_missing_for_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a fault were a 0 on both sides: the ends would be one."""
+    test = missing_module.paired_test
+    monkeypatch.setattr(missing_module, "paired_test", lambda rows, *key: test(
+        [[(first, [0.0 for _ in second]) for first, second in stratum] for stratum in rows], *key))
+    with pytest.raises(AssertionError):
+        test_the_ends_hold_whatever_the_missing_would_have_been(1, tmp_path)
 
 
 def test_an_agent_that_failed_before_its_task_was_known_still_lost_it(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ The difference is the mean over environments of the mean over tasks of (mean sco
 interval by the bootstrap of `intervals` over tasks. The test is McNemar's exact one where each task has one sample of 0
 or 1 per run and there is one environment, else a paired permutation test that swaps A and B within tasks (McNemar's is
 the exact form of the same test). Several pairs are corrected by Holm's method. What cannot be decided is called so,
-with the tasks or samples that would be needed.
+with the tasks or samples that would be needed. Tasks without a score in both runs are left out, and seldom a random
+part: every pair says which and why, and whether what is missing could have turned the verdict (`missing.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,29 +22,23 @@ from typing import Any
 import numpy as np
 
 from espl_envs.core.errors import EsplError
-from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.intervals import SIGNED, Estimate, from_draws, replicates, scale_of
-from espl_envs.evaluate.significance import LEVEL, holm, mcnemar, needed_samples, needed_tasks, permutation, reach
-
-EnvName = tuple[str, str]                   # id and split
-TaskScores = dict[str, list[float]]         # task hash → scores of all samples, of all prompts
+from espl_envs.evaluate.missing import Missing, lacking, sentence
+from espl_envs.evaluate.scores import EnvName, RunScores, load_runs
+from espl_envs.evaluate.significance import (
+    LEVEL,
+    Row,
+    holm,
+    needed_samples,
+    needed_tasks,
+    paired_test,
+    reach,
+    won_and_lost,
+)
 
 
 class Incomparable(EsplError):
     """Runs that were not about the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunScores:
-    """What a comparison needs of a run: the scores of every task by its hash, per environment."""
-
-    path: Path
-    name: str
-    envs: Mapping[EnvName, TaskScores]
-    hashes: Mapping[EnvName, str]
-    kwargs: Mapping[EnvName, Mapping[str, Any]]
-    expected: int
-    masked: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,8 @@ class Pair:
     difference: B - A. p: of the test named; p_adjusted: after Holm's correction over all pairs. verdict: "better"
     (B is), "worse", "undecided". detectable: the difference that this many tasks and samples would find with 80 %
     power. needed_tasks, needed_samples: how many of each, the other kept, would decide a difference as large as the one
-    seen; None where no number would or it cannot be told (`needed_samples` needs several samples per task).
+    seen; None where no number would or it cannot be told (`needed_samples` needs several samples per task). missing:
+    what both were to play and one has no score for; None where there is nothing.
     """
 
     a: str
@@ -72,6 +69,7 @@ class Pair:
     detectable: float
     needed_tasks: int | None
     needed_samples: int | None
+    missing: Missing | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,48 +109,22 @@ def compare(runs: Sequence[Path], *, intersect: bool = False) -> Comparison:
     warnings = _check_alike(loaded, intersect)
     far = reach(math.comb(len(loaded), 2))
     pairs = [_pair(a, b, far) for a, b in combinations(loaded, 2)]
-    adjusted = holm([pair.p for pair in pairs])
-    decided = [_decided(pair, p) for pair, p in zip(pairs, adjusted, strict=True)]
+    tested, decided = [pair.p for pair in pairs], []
+    for number, pair in enumerate(pairs):
+        judge = partial(_judged, tested, number)
+        verdict, adjusted = judge(pair.difference.mean, pair.p)
+        missing = pair.missing and pair.missing.judged(verdict, lambda *end, judge=judge: judge(*end)[0])
+        decided.append(replace(pair, p_adjusted=adjusted, verdict=verdict, missing=missing))
+        warnings += [sentence(pair.a, pair.b, verdict, missing)] if missing is not None else []
     return Comparison(tuple(run.name for run in loaded), tuple(decided), tuple(warnings))
 
 
-def load_runs(paths: Sequence[Path]) -> list[RunScores]:
-    """The scores of every run. A run is called by its agent, and by its directory too where that is not enough, and
-    "changed" where the agent's files did while it was played."""
-    directories = [RunDirectory.read(path) for path in paths]
-    agents = Counter(directory.config.agent.name for directory in directories)
-    folders = Counter(path.name for path in paths)
-    names = []
-    for path, directory in zip(paths, directories, strict=True):
-        agent = directory.config.agent.name
-        where = path.name if folders[path.name] == 1 else str(path)
-        mixed = " (changed)" if directory.config.agent.changed else ""
-        names.append((agent if agents[agent] == 1 else f"{agent} ({where})") + mixed)
-    return [scores_of(directory, name) for directory, name in zip(directories, names, strict=True)]
-
-
-def scores_of(directory: RunDirectory, name: str) -> RunScores:
-    """The scores of one run. An episode that failed before its task was known belongs to the task of its index."""
-    config = directory.config
-    scores: dict[EnvName, dict[int, list[float]]] = {(env.id, env.split): {} for env in config.envs}
-    hashes: dict[EnvName, dict[int, str]] = {env: {} for env in scores}
-    for episode in directory.episodes(transcripts=False):
-        env, task = (episode.key.env, episode.key.split), episode.key.task
-        if episode.task_hash:
-            hashes[env][task] = episode.task_hash
-        if episode.score is not None:
-            scores[env].setdefault(task, []).append(episode.score)
-    envs = {
-        env: {hashes[env].get(task, f"task {task}"): found for task, found in tasks.items()}
-        for env, tasks in scores.items()
-    }
-    scored = sum(len(found) for tasks in scores.values() for found in tasks.values())
-    return RunScores(
-        directory.path, name, envs,
-        {(env.id, env.split): env.data_hash for env in config.envs},
-        {(env.id, env.split): env.kwargs for env in config.envs},
-        config.expected(), config.expected() - scored,
-    )  # fmt: skip
+def _judged(tested: Sequence[float], number: int, difference: float, p: float) -> tuple[str, float]:
+    """The verdict on pair `number` of those with p-values `tested`, and its p after Holm's correction, if it were this
+    difference with this p."""
+    adjusted = holm([*tested[:number], p, *tested[number + 1 :]])[number]
+    decided = adjusted < LEVEL and difference != 0
+    return ("better" if difference > 0 else "worse") if decided else "undecided", adjusted
 
 
 def _check_alike(runs: Sequence[RunScores], intersect: bool) -> list[str]:
@@ -166,51 +138,50 @@ def _check_alike(runs: Sequence[RunScores], intersect: bool) -> list[str]:
             if first.hashes[env] != other.hashes[env]:
                 hashes = f"data {first.hashes[env]} and {other.hashes[env]}"
                 problems.append(f"{pair} were not played on the same tasks of {_names([env])}: {hashes}")
-            elif alone := set(first.envs[env]) ^ set(other.envs[env]):
-                left_out = f"{len(alone)} tasks that only one of {pair} has a score for are left out"
-                warnings.append(f"{_names([env])}: {left_out}")
+            elif beyond := abs(first.parts[env].env.tasks - other.parts[env].env.tasks):
+                tasks = "a task" if beyond == 1 else f"{beyond:,} tasks"
+                warnings.append(f"{_names([env])}: {tasks} that only one of {pair} was to play: left out")
             if first.kwargs[env] != other.kwargs[env]:
                 settings = f"{dict(first.kwargs[env])} and {dict(other.kwargs[env])}"
                 warnings.append(f"{_names([env])}: the environment's settings differ between {pair}: {settings}")
     if problems and not intersect:
         raise Incomparable(f"{'; '.join(problems)}. --intersect compares the tasks that they share.")
-    warnings += [f"{run.name}: {run.masked} episodes have no score and are left out" for run in runs if run.masked]
     return [f"compared on shared tasks only: {problem}" for problem in problems] + warnings
 
 
 def _pair(a: RunScores, b: RunScores, far: float) -> Pair:
     """Everything but the correction of p; a difference of `far` standard errors is found with 80 % power."""
-    shared = {env: sorted(set(a.envs[env]) & set(b.envs[env])) for env in a.envs if env in b.envs}
-    shared = {env: tasks for env, tasks in shared.items() if tasks}
+    shared = {env: rows for env in a.envs if env in b.envs and (rows := _rows(a, b, env))}
     if not shared:
         raise Incomparable(f"{a.name} and {b.name} share no task that both have a score for")
-    rows = [[(a.envs[env][task], b.envs[env][task]) for task in tasks] for env, tasks in shared.items()]
-    strata = [np.array([_mean(mine) - _mean(theirs) for theirs, mine in stratum]) for stratum in rows]
-    flat = [row for stratum in rows for row in stratum]
-    differences = np.concatenate(strata)
+    strata = [np.array([_mean(second) - _mean(first) for first, second in rows]) for rows in shared.values()]
+    flat = [row for rows in shared.values() for row in rows]
     scale = SIGNED if scale_of([s for row in flat for side in row for s in side]) else None
-    keys = [(*env, a.hashes[env]) for env in shared]
-    drawn = [replicates(s[:, None], scale, "pair", *key)[:, 0] for s, key in zip(strata, keys, strict=True)]
+    drawn = [replicates(s[:, None], scale, "pair", *env, a.hashes[env])[:, 0]
+             for env, s in zip(shared, strata, strict=True)]  # fmt: skip
     draws = np.mean(drawn, axis=0)
-    seen = float(np.mean([stratum.mean() for stratum in strata]))
-    wins, losses = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
-    single = len(strata) == 1 and all(len(side) == 1 and side[0] in (0.0, 1.0) for row in flat for side in row)
-    p = mcnemar(wins, losses) if single else permutation(strata, a.name, b.name)
+    test, seen, p = paired_test(list(shared.values()), a.name, b.name)
+    wins, losses = won_and_lost(np.concatenate(strata))
+    alike = {env: (part, b.parts[env]) for env, part in a.parts.items() if b.hashes.get(env) == a.hashes[env]}
     deviation = float(draws.std())
     return Pair(
         a.name, b.name, len(flat), (_mean([len(x) for x, _ in flat]), _mean([len(y) for _, y in flat])),
-        float(np.mean([_mean([_mean(x) for x, _ in stratum]) for stratum in rows])),
-        float(np.mean([_mean([_mean(y) for _, y in stratum]) for stratum in rows])),
+        float(np.mean([_mean([_mean(x) for x, _ in rows]) for rows in shared.values()])),
+        float(np.mean([_mean([_mean(y) for _, y in rows]) for rows in shared.values()])),
         from_draws(seen, draws, len(flat), scale), wins, len(flat) - wins - losses, losses,
-        "McNemar, exact" if single else "paired permutation", p, p, "undecided", far * deviation,
-        needed_tasks(seen, deviation, len(flat), far), needed_samples(seen, deviation, rows, far),
+        test, p, p, "undecided", far * deviation,
+        needed_tasks(seen, deviation, len(flat), far), needed_samples(seen, deviation, list(shared.values()), far),
+        lacking(alike, a.name, b.name),
     )  # fmt: skip
 
 
-def _decided(pair: Pair, p: float) -> Pair:
-    decided = p < LEVEL and pair.difference.mean != 0
-    verdict = ("better" if pair.difference.mean > 0 else "worse") if decided else "undecided"
-    return replace(pair, p_adjusted=p, verdict=verdict)
+def _rows(a: RunScores, b: RunScores, env: EnvName) -> list[Row]:
+    """The scores of the tasks that both have some for: by their place where the data is the same, else by content."""
+    first: Mapping[Any, list[float]] = a.envs[env]
+    second: Mapping[Any, list[float]] = b.envs[env]
+    if a.hashes[env] == b.hashes[env]:
+        first, second = a.parts[env].scores, b.parts[env].scores
+    return [(first[task], second[task]) for task in sorted(first.keys() & second.keys())]
 
 
 def _names(envs: Sequence[EnvName]) -> str:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from espl_envs.core.errors import EsplError
-from espl_envs.evaluate.compare import RunScores, load_runs
 from espl_envs.evaluate.directory import CONFIG
 from espl_envs.evaluate.intervals import Estimate, from_draws, generator, replicates, scale_of
+from espl_envs.evaluate.scores import RunScores, load_runs
 from espl_envs.evaluate.summary import MOST_MASKED
 
 DRAWS = 400

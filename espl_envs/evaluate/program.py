@@ -42,7 +42,7 @@ class Program:
         ours.setblocking(False)
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", str(WARDEN), *words, cwd=folder, env=dict(env), stdin=theirs, stdout=out,
+                sys.executable, "-I", "-S", str(WARDEN), *words, cwd=folder, env=dict(env), stdin=theirs.fileno(), stdout=out,
                 stderr=err, start_new_session=True,
             )
         except (OSError, ValueError) as problem:

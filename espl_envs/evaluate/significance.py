@@ -18,6 +18,8 @@ LEVEL, POWER = 0.05, 0.8
 PERMUTATIONS = 10_000
 _CHUNK = 4_000_000      # swaps in memory at once
 
+Row = tuple[Sequence[float], Sequence[float]]       # the samples of a task in one run, and in the other
+
 
 def reach(pairs: int = 1) -> float:
     """A true difference of so many standard errors is found with 80 % power, at 5 % shared by `pairs` tests."""
@@ -56,6 +58,22 @@ def permutation(strata: Sequence[np.ndarray], *key: str) -> float:
     return (1 + as_far) / (1 + PERMUTATIONS)
 
 
+def paired_test(strata: Sequence[Sequence[Row]], *key: str) -> tuple[str, float, float]:
+    """Which test, the mean over strata of the mean over tasks of (mean of the second - mean of the first), and its
+    two-sided p: McNemar's where every task of the only stratum has one sample of 0 or 1 on each side."""
+    differences = [np.array([_mean(second) - _mean(first) for first, second in rows]) for rows in strata]
+    seen = float(np.mean([stratum.mean() for stratum in differences]))
+    sides = [side for rows in strata for row in rows for side in row]
+    if len(strata) == 1 and all(len(side) == 1 and side[0] in (0.0, 1.0) for side in sides):
+        return "McNemar, exact", seen, mcnemar(*won_and_lost(differences[0]))
+    return "paired permutation", seen, permutation(differences, *key)
+
+
+def won_and_lost(differences: np.ndarray) -> tuple[int, int]:
+    """How many differences are above and below 0."""
+    return int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
+
+
 def needed_tasks(difference: float, error: float, tasks: int, reach: float) -> int | None:
     """Tasks of the same kind that would find `difference`, given its standard error over `tasks`."""
     return math.ceil(tasks * (reach * error / difference) ** 2) if abs(difference) > 1e-9 else None
@@ -78,3 +96,7 @@ def needed_samples(
     between = max(0.0, error**2 - now)
     room = (difference / reach) ** 2 - between
     return max(fewest, math.ceil(single / room)) if room > 0 else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from espl_envs.core.errors import MissingExtra
+from espl_envs.evaluate.missing import sentence
 from espl_envs.evaluate.plain import one_line
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from espl_envs.evaluate.summary import Summary
 
 CHANGED = "the agent's files changed while this run was played (--same-agent): it may be a mixture of two agents"
+HINGES = " *"           # a verdict that what is missing could turn
 VERDICTS = {"better": "green", "worse": "red", "undecided": "yellow"}
 
 
@@ -68,14 +70,22 @@ def comparison_table(comparison: Comparison) -> Any:
         _row(table, 
             one_line(pair.a, 40), one_line(pair.b, 40), f"{pair.mean_a:.3f}", f"{pair.mean_b:.3f}", difference,
             f"{pair.wins}/{pair.ties}/{pair.losses}", f"{pair.p_adjusted:.3g}",
-            text(pair.verdict, VERDICTS[pair.verdict]),
+            text(pair.verdict, VERDICTS[pair.verdict]).append(HINGES if _hinges(pair) else "", "bold red"),
         )  # fmt: skip
+    alarms = [sentence(pair.a, pair.b, pair.verdict, pair.missing)
+              for pair in comparison.pairs if pair.missing is not None and pair.missing.hinges]  # fmt: skip
     notes = [text(f"{one_line(pair.b, 40)} against {one_line(pair.a, 40)}: {needed(pair)}", "dim")
              for pair in comparison.pairs if pair.verdict == "undecided"]  # fmt: skip
     tests = sorted({pair.test for pair in comparison.pairs})
     method = f"p by {' and '.join(tests)}" + (", corrected by Holm's method" if len(comparison.pairs) > 1 else "")
-    warnings = [text(f"note: {one_line(warning, 400)}", "yellow") for warning in comparison.warnings]
-    return _rich("console").Group(table, text(f"{method}; intervals of 95 % over tasks", "dim"), *notes, *warnings)
+    warnings = [text(f"note: {one_line(said, 600)}", "yellow") for said in comparison.warnings if said not in alarms]
+    loud = [text(f"{HINGES.strip()} warning: {one_line(said, 600)}", "bold red") for said in alarms]
+    method = text(f"{method}; intervals of 95 % over tasks", "dim")
+    return _rich("console").Group(table, *loud, method, *notes, *warnings)
+
+
+def _hinges(pair: Pair) -> bool:
+    return pair.missing is not None and pair.missing.hinges
 
 
 def needed(pair: Pair) -> str:

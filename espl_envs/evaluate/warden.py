@@ -18,7 +18,6 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -27,7 +26,7 @@ LIFELINE = 0
 SWEEP_S = 10.0              # for children that cannot be killed (setuid, a device that hangs)
 
 
-def main(words: Sequence[str]) -> NoReturn:
+def main(words: list[str]) -> NoReturn:
     """Start the program, watch over it, and end as it does."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
