@@ -116,6 +116,18 @@ def test_a_model_without_a_written_step_is_told_of(caplog: pytest.LogCaptureFixt
     assert said(caplog) == ["decoding is not compiled: GPT2LMHeadModel has no written step"]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_layers_that_learn_are_compiled_where_that_is_asked_for(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(compiling, "_missing", lambda _: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    policy = tiny_policy()
+    Learner(policy, policy.config.model_copy(update={"compile": asked}))
+    assert compiled == ["Qwen2DecoderLayer"] * 2 * asked
+
+
 @pytest.mark.skipif(not os.environ.get("ESPL_FULL"), reason="capturing a backward pass is slow: ESPL_FULL=1")
 def test_compiled_layers_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, layered = tiny_policy(adapter=0.1), tiny_policy(adapter=0.1)

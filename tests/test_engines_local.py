@@ -205,6 +205,20 @@ def test_what_a_row_left_behind_is_no_prefix_once_another_stands_there(world: Wo
         assert sample.logprobs == pytest.approx(world.expected(after, sample), abs=1e-5)
 
 
+def test_the_limits_of_memory_are_the_configured_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, decoded = local_world(), []
+    world.engine = LocalEngine(world.policy, EngineConfig(context=24, slots=2, kv_gb=0.25))
+    world.engine.load_policy(0)
+    stride = decode.Decoder.stride
+    monkeypatch.setattr(
+        decode.Decoder, "stride", lambda self, steps: (decoded.append(len(self.active)), stride(self, steps))[1]
+    )
+    asked = [request([2, 3, 4 + i], seed=i, max_new=60, stop_ids=()) for i in range(5)]
+    assert [len(sample.tokens) for sample in world.ask(*asked)] == [21] * 5
+    assert max(decoded) == 2 and world.engine._decoder.memory.budget == 2**28
+    world.engine.close()
+
+
 @pytest.mark.parametrize("slots", [1, 3, 7])
 def test_more_requests_than_slots_are_served_in_turn(slots: int) -> None:
     roomy, tight = local_world(), local_world()

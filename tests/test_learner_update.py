@@ -375,6 +375,13 @@ def test_an_update_makes_better_rollouts_likelier_in_the_sampled_weights():
     assert chance(5) < before[1]
 
 
+def test_a_model_whose_logits_would_be_others_is_refused_before_anything_is_sampled(monkeypatch):
+    policy = tiny_policy(mode="full")
+    monkeypatch.setattr(policy.causal.config, "final_logit_softcapping", 0.5, raising=False)      # which it ignores
+    with pytest.raises(EsplError, match="finishes its logits in a way the learner does not know"):
+        Learner(policy, policy.config)
+
+
 @pytest.mark.parametrize(("key", "value"), [("loss", "pp0"), ("normalise", "summ"), ("baseline", "marginals")])
 def test_unknown_names_fail_before_anything_is_sampled(key, value):
     with pytest.raises(EsplError, match=f"learner.{key} is '{value}'; did you mean"):
