@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -64,10 +64,21 @@ def _resident(field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-class Side:
-    """A trainer in another process, for a `with`. `step()` makes it do one step and returns its figures."""
+ENDING = 60.0       # seconds that a process has to end by itself
 
-    def __init__(self, run: Callable[[Work, Connection], None], work: Work) -> None:
+
+class Failed(SystemExit):
+    """What another process was to do was not done; the message says why."""
+
+
+class Side:
+    """A trainer in another process, for a `with`. `step()` makes it do one step and returns its figures.
+
+    Raises Failed where it ends, or is silent for `limit` seconds.
+    """
+
+    def __init__(self, run: Callable[[Work, Connection], None], work: Work, limit: float | None = None) -> None:
+        self._limit = limit
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         os.environ["OMP_NUM_THREADS"] = str(work.threads)
@@ -78,12 +89,14 @@ class Side:
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is Failed:
+            self._process.kill()
         with suppress(OSError):
             self._pipe.send("end")
         self._pipe.close()
-        self._process.join(60)
-        self._process.terminate()
+        self._process.join(ENDING)
+        self._process.kill()
 
     def ready(self) -> None:
         """Wait until everything is loaded."""
@@ -96,11 +109,7 @@ class Side:
         return figures
 
     def _receive(self) -> object:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise SystemExit(f"a side ended with exit code {self._process.exitcode}; its words are above") from None
+        return _heard(self._pipe, self._process, self._limit)
 
 
 def told(pipe: Connection) -> object:
@@ -111,8 +120,45 @@ def told(pipe: Connection) -> object:
         return "end"
 
 
-def in_process(function: Callable[[Work], Any], work: Work) -> Any:
-    """Call it in a fresh process, so that nothing of it stays."""
-    os.environ["OMP_NUM_THREADS"] = str(work.threads)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, work).result()
+def in_process(function: Callable[..., Any], *arguments: Any, limit: float | None = None) -> Any:
+    """Call it in a fresh process, so that nothing of it stays, with the threads of the work among its arguments. Raises
+    Failed where it fails, ends, or takes longer than `limit` seconds.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(max((a.threads for a in arguments if isinstance(a, Work)), default=1))
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        done, answer = _heard(pipe, process, limit)
+    except Failed:
+        process.kill()
+        raise
+    finally:
+        pipe.close()                     # which lets it go
+        process.join(ENDING)
+        process.kill()
+    if not done:
+        raise Failed(answer)
+    return answer
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        pipe.send((True, function(*arguments)))
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        pipe.send((False, "".join(traceback.format_exception_only(error)).strip()))
+    with suppress(EOFError):
+        pipe.recv()
+
+
+def _heard(pipe: Connection, process: Any, limit: float | None) -> Any:
+    if not pipe.poll(limit):
+        raise Failed(f"nothing was heard within {limit:g} s")
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        raise Failed(f"a process ended with exit code {process.exitcode}; its words are above") from None
