@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from device_kit import CPU, DEVICE, Model, changed, close, llama, policy_on, qwen, refused
+from device_kit import CPU, DEVICE, Model, changed, close, llama, measured, policy_on, qwen, refused
 from engine_kit import request
-from pretend_device import measured
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from espl_train.config import EngineConfig

@@ -14,16 +14,18 @@ from device_kit import (
     both,
     changed,
     groups,
+    is_there,
     learner_on,
     llama,
+    measured,
     policy_on,
     refused,
     same_report,
     same_tensors,
 )
 from learner_kit import shake
-from pretend_device import OnDevice, measured
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from espl_train.config import LearnerConfig
@@ -103,19 +105,21 @@ def a_tensor_of_the_micro_batch_that_stays_on_the_cpu_is_noticed() -> None:
 
 
 def state_goes_round_by_the_cpu() -> None:
-    """Bit for bit: two updates, or one, a checkpoint, another learner, and one more."""
+    """Two updates, or one, a checkpoint, another learner, and one more: bit for bit, but for what a GPU adds up in an
+    order of its own."""
+    bound = 1e-5 if DEVICE.type == "cuda" else 0.0
     for mode, rate in (("lora", 1e-3), ("full", 1e-4)):
         straight, first, second = (learner_on(DEVICE, mode=mode, learning_rate=rate) for _ in range(3))
         for step in range(2):
             straight.update(groups(step))
         first.update(groups(0))
         state = first.state_dict()
-        assert not any(isinstance(leaf, OnDevice) for leaf in tree_leaves(state))
+        assert not any(isinstance(leaf, Tensor) and is_there(leaf) for leaf in tree_leaves(state))
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, f"{folder}/state.pt")
             second.load_state_dict(torch.load(f"{folder}/state.pt"))
         second.update(groups(1))
-        same_tensors(second.policy.state(), straight.policy.state(), 0.0)
+        same_tensors(second.policy.state(), straight.policy.state(), bound)
 
 
 def what_is_saved_is_what_the_cpu_saves() -> None:
@@ -143,7 +147,7 @@ def snapshots_follow_training_on_the_device() -> None:
                         logits.append(model(input_ids=ids.to(device)).logits.to(CPU).float())
                 shake(policy, 0.2, seed=3)
                 with policy.sampling_weights(policy.version) as model:
-                    assert all(isinstance(p, OnDevice) == (device != CPU) for p in model.parameters())
+                    assert all(p.device == device for p in model.parameters())
                     logits.append(model(input_ids=ids.to(device)).logits.to(CPU).float())
         for here, there in zip(logits[:3], logits[3:], strict=True):
             assert (here - there).abs().max() <= (1e-4 if dtype == torch.float32 else 0.2)

@@ -13,8 +13,7 @@ Registering the device changes the process for good, so it is done by `register`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,13 +48,6 @@ class Meter:
 
 
 meter = Meter()
-
-
-@contextmanager
-def measured() -> Iterator[Meter]:
-    """Count what is asked inside."""
-    meter.reset()
-    yield meter
 
 
 class Pinned(Tensor):
