@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from espl_train.learner.loading import load_tokenizer, locate
 from espl_train.learner.policy import Policy
 from espl_train.loop import Trainer
 from espl_train.problems import Problems
-from espl_train.records import Rollout
+from espl_train.records import Rollout, StopReason
 from espl_train.runs import checkpoint
 from espl_train.runs.console import Console
 from espl_train.runs.directory import RunDirectory
@@ -45,6 +46,7 @@ from espl_train.stage import Stage
 
 PROBLEMS = 6
 ROOT = "count from the right"
+TOKENS = 23                 # of an episode: some of those of the test want more
 
 
 class Watched(Trainer):
@@ -65,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, li
         "out": str(folder), "steps": 1, "rollout.prompts": 1, "rollout.problems": 2, "rollout.samples": 2,
         "evaluation.problems": 1, "evaluation.test_problems": PROBLEMS, "evaluation.temperature": 0.0,
         "evaluation.prompts": 1, "tensorboard": False, "evolution.root": (ROOT,), "evolution.mutate": False,
-        "evolution.crossover_probability": 0.0,
+        "evolution.crossover_probability": 0.0, "rollout.max_total_tokens": TOKENS, "rollout.max_new_tokens": TOKENS,
     })  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, RunDirectory.create(config) as run, Console(1, "", True) as console:
         played: dict[str, list[list[Rollout]]] = {}
@@ -97,7 +99,10 @@ def test_espl_eval_of_a_run_is_its_own_test(trained: tuple[Path, list[Rollout]],
         assert line["score"] == rollout.reward
         assert ROOT in line["messages"][0]["content"]
         assert [turn["completion_tokens"] for turn in line["turns"]] == [len(turn.tokens) for turn in rollout.turns]
-        assert len(rollout.turns) > 1
+        assert sum(turn["completion_tokens"] for turn in line["turns"]) <= TOKENS
+        assert line["outcome"] == "truncated" or rollout.stop is not StopReason.MAX_TOKENS
+    stops = {rollout.stop for rollout in own}
+    assert StopReason.MAX_TOKENS in stops and len(stops) > 1 and max(len(rollout.turns) for rollout in own) > 1
     settings = json.loads((out / "config.json").read_text())["agent"]["settings"]
     assert settings["step"] == 1 and settings["temperature"] == 0.0 and settings["prompt"] == "p0000"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, "the run was written to"
@@ -262,6 +267,25 @@ def test_the_offered_prompt_is_for_conversations_without_one(api: tuple[openai.O
         for said in (HELLO, given)
     }
     assert counts == {len(server.chat.open((Message("system", "Be brief."), Message("user", "hello"))))}
+
+
+def test_a_conversation_may_say_so_much_and_no_more(
+    api: tuple[openai.OpenAI, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an episode of training: all turns together; also where the server has forgotten what it had sampled."""
+    client, server = api
+    monkeypatch.setattr(server, "offer", replace(server.offer, max_total=8))
+    said, told = list(HELLO), []
+    for _ in range(2):
+        answer = client.chat.completions.create(model="micro", messages=said, max_tokens=12, seed=3)
+        told.append(answer.usage.completion_tokens)  # type: ignore[union-attr]
+        said += [{"role": "assistant", "content": answer.choices[0].message.content}, *HELLO]
+    assert sum(told) == 8 and told[0] > 2
+    for recall in (server._recall, Recall(server.chat, lambda _: None)):
+        monkeypatch.setattr(server, "_recall", recall)
+        with pytest.raises(openai.BadRequestError, match=r"rollout\.max_total_tokens") as refused:
+            client.chat.completions.create(model="micro", messages=said, max_tokens=1)
+        assert refused.value.code == "context_length_exceeded"
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

@@ -42,8 +42,8 @@ class Program:
         ours.setblocking(False)
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", str(WARDEN), *words, cwd=folder, env=dict(env), stdin=theirs.fileno(), stdout=out,
-                stderr=err, start_new_session=True,
+                sys.executable, "-I", "-S", str(WARDEN), *words, cwd=folder, env=dict(env), start_new_session=True,
+                stdin=theirs.fileno(), stdout=out, stderr=err,
             )
         except (OSError, ValueError) as problem:
             ours.close()

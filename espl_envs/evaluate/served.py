@@ -59,7 +59,7 @@ class ServedDoor:
         self.tool_syntax: ToolSyntax = known["tool_syntax"]
         prompt = known["system_prompt"]
         self.system_prompts: tuple[str, ...] = () if prompt is None else (prompt,)
-        names = ("prompt", "step", "weights", "base")
+        names = ("prompt", "step", "weights", "base", "max_total_tokens")
         identity = {name: known[name] for name in names if known[name] not in (None, "")}
         self.config = AgentConfig(
             known["kind"], self.name, known["model"], settings={**self.sampling.to_dict(), **identity}

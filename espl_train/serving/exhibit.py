@@ -20,8 +20,9 @@ from espl_train.serving.server import Offer
 from espl_train.settings import ConfigError, load, override
 from espl_train.snapshot import Snapshot
 
-FREE = ("model.device", "model.threads", "engine.")     # what may be changed of a run that is served
-OWN = ("model.dtype", "model.revision", *FREE)          # … and chosen for a model
+SHARED = ("model.device", "model.threads", "engine.")
+FREE = ("rollout.max_total_tokens", *SHARED)            # what may be changed of a run that is served
+OWN = ("model.dtype", "model.revision", *SHARED)        # … and chosen for a model
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Exhibit:
             system_prompt=run.text(chosen.principles) if chosen else "",
             temperature=config.evaluation.temperature,
             max_tokens=min(config.rollout.max_new_tokens, config.rollout.max_total_tokens),
+            max_total=config.rollout.max_total_tokens,
             seed=config.seed,
         )
         return cls("run", offer, config, chosen.id if chosen else "", run, island)
@@ -85,7 +87,7 @@ class Exhibit:
             "step": self.run.step if self.run else None, "weights": self.run.weights if self.run else "",
             "base": weights_of(self.config.model.path, self.config.model.revision),
             "temperature": self.offer.temperature, "max_tokens": self.offer.max_tokens,
-            "tool_syntax": tools, "engine": self.config.engine.kind,
+            "max_total_tokens": self.offer.max_total, "tool_syntax": tools, "engine": self.config.engine.kind,
         }  # fmt: skip
 
     def load(self) -> tuple[Engine, Chat, Offer]:

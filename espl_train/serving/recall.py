@@ -20,11 +20,13 @@ Key = tuple[Conversation, tuple[ToolSpec, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads: `tokens`, the conversation as it was sampled, and the engine's session where it goes on."""
+    """What the model reads: `tokens`, the conversation as it was sampled, and the engine's session where it goes on.
+    sampled: tokens of the model's own in it, all turns together."""
 
     tokens: tuple[int, ...]
     messages: Conversation
     session: str | None = None
+    sampled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Recall:
             if kept is not None and (found := self._onwards(kept, messages[said + 1 :], tools)) is not None:
                 self._kept.move_to_end((messages[: said + 1], tools))
                 return found
-        return Prompt(tuple(self._chat.open(messages, tools)), messages)
+        return Prompt(tuple(self._chat.open(messages, tools)), messages, sampled=self._counted(messages))
 
     def keep(
         self, messages: Conversation, tools: tuple[ToolSpec, ...], prompt: Prompt, reply: Message,
@@ -72,4 +74,9 @@ class Recall:
         except EsplError:
             return None                     # the template may still take the conversation as a whole
         tokens = tuple(ids) if fork else (*kept.prompt.tokens, *kept.sampled, *ids)
-        return Prompt(tokens, (*kept.messages, *new), kept.session)
+        return Prompt(tokens, (*kept.messages, *new), kept.session, kept.prompt.sampled + len(kept.sampled))
+
+    def _counted(self, messages: Conversation) -> int:
+        """The tokens of replies that are known as text alone, each with the one that ended it."""
+        said = [message.content for message in messages if message.role == "assistant" and message.content]
+        return sum(len(self._chat.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in said)

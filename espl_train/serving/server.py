@@ -31,7 +31,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What is served and how, where a request does not say. policy: a version of the weights, None for the base model.
-    system_prompt: for conversations without one. max_tokens: None for what the context leaves."""
+    system_prompt: for conversations without one. max_tokens: of a reply, None for what the context leaves. max_total:
+    of all replies of a conversation, None for no limit."""
 
     name: str
     policy: int | None = None
@@ -39,6 +40,7 @@ class Offer:
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int | None = None
+    max_total: int | None = None
     seed: int = 0
 
 
@@ -158,7 +160,7 @@ class Server:
         return tuple(prompt)
 
     async def _samples(self, asked: wire.Sampling, prompt: Prompt, number: int) -> list[Sample]:
-        """Raises Refusal where the prompt leaves no room for a reply."""
+        """Raises Refusal where the prompt, or what the conversation may still say, leaves no room for a reply."""
         room = self.engine.context_length - len(prompt.tokens)
         if room < 1 or not prompt.tokens:
             raise Refusal(
@@ -166,6 +168,12 @@ class Server:
                 f"{self.engine.context_length} with the reply", 400, "context_length_exceeded", "messages",
             )
         offer = self.offer
+        if offer.max_total is not None and (room := min(room, offer.max_total - prompt.sampled)) < 1:
+            raise Refusal(
+                f"the model has said {prompt.sampled} tokens in this conversation, and {offer.max_total} is what an "
+                "episode of its run may have (rollout.max_total_tokens, which can be set where it is served)", 400,
+                "context_length_exceeded", "messages",
+            )
         seed = derive(offer.seed, "request", number) if asked.seed is None else asked.seed
         request = Request(
             tokens=prompt.tokens,
