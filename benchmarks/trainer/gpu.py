@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, machine, vllm_package
 from benchmarks.trainer.models import SHAPES, shaped
 from benchmarks.trainer.process import Failed, Figures, Meter, Side, in_process
 from benchmarks.trainer.sides import CONTEXT, our_trainer, ours, trl
@@ -299,7 +299,7 @@ def main() -> None:
     here = {name: importlib.util.find_spec(name) is not None for name in ("vllm", "trl")}
     for name in (name for name, found in here.items() if not found):
         print(f"{name} is not installed: what needs it is left out")
-    packages = [name for name, found in here.items() if found]
+    packages = [vllm_package()] * here["vllm"] + ["trl"] * here["trl"]
     results = Results(options.write, {**machine("peft", *packages), "gpu": in_process(_gpu)})
     failed = 0
     for name in options.shapes:

