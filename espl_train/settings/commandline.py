@@ -49,7 +49,7 @@ espl-train trains a language model's weights and its system prompt together (E-S
   espl-train --resume runs/NAME                   continue a run where it stopped
 """
 COMMAND_OPTIONS = (
-    ("--env ID", "environment to train on (env.id)"),
+    ("--env ID", "environment to train on (env.id); python -m espl_envs list has all ids"),
     ("--env ID=WEIGHT --env …", "several at once; options of an environment (--env.args.NAME) follow its --env"),
     ("--tools NAME,…", "tools of the environment, as in --tools python (env.args.tools); may be given several times"),
     ("--test-env ID", "environment of the final test (env.test_id)"),
