@@ -150,11 +150,8 @@ def _train(run: RunDirectory, request: Request, ranks: Ranks, plan: Plan) -> Non
     with Console(run.config.steps, title, request.quiet) as console, contextlib.ExitStack() as open_:
         run.warn = console.warn
         console.phase("loading the model")
-        from transformers.utils import logging
-
         from espl_train.training import complete
 
-        logging.disable_progress_bar()
         for name, text in ranks.check(run.config):
             console.note(f"{name}: {text}")
         profile = None

@@ -50,8 +50,11 @@ def complete(
     plan: preflight.Plan | None = None,
 ) -> Summary:
     """Train an open run to its end, leave its best prompts and its picture behind, and show what it came to."""
+    from transformers.utils import logging
+
     from espl_train.loop import Trainer
 
+    logging.disable_progress_bar()
     summary = Trainer(run.config, run, console, ranks, profile, plan.leaks if plan else None).train()
     for chosen in summary.chosen:
         run.write_text(f"best_prompt.{chosen.env}.txt" if chosen.env else "best_prompt.txt", chosen.text)

@@ -47,7 +47,8 @@ def test_a_run_is_trained_continued_and_read(
     world: dict[str, Any] = {}
     exec(blocks[0], world)
     assert world["summary"].steps == 2 and world["summary"].plot.is_file()
-    assert capsys.readouterr().out.endswith("runs/mine\n"), "nothing but what the page prints"
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1 and said.out.endswith("runs/mine\n") and said.err == "", "what the page prints"
     exec(blocks[1], world)
     assert "step 3/3" in capsys.readouterr().out
     exec(blocks[2], world)
