@@ -72,11 +72,11 @@ def test_ppo_takes_its_bounds_from_the_configuration():
 
 
 def test_cispo_bounds_the_weight_but_keeps_the_gradient():
-    x = inputs([8.0, 0.5], [1.0, -1.0])
+    x = inputs([8.0, 0.5, 0.01], [1.0, -1.0, 1.0])
     out = LOSSES["cispo"](x)
-    assert out.loss.item() == pytest.approx(4.0 * 1.0 * 1.0 - 0.5)      # logp is -1
-    assert out.clipped.tolist() == [True, False]
-    assert gradient("cispo", x) == pytest.approx([-4.0, 0.5])
+    assert out.loss.item() == pytest.approx(4.0 * 1.0 * 1.0 - 0.5 + 0.01)      # logp is -1
+    assert out.clipped.tolist() == [True, False, False]
+    assert gradient("cispo", x) == pytest.approx([-4.0, 0.5, -0.01])
 
 
 def test_gspo_uses_the_geometric_mean_of_the_sequence():
@@ -87,6 +87,9 @@ def test_gspo_uses_the_geometric_mean_of_the_sequence():
     assert out.clipped.tolist() == [False, False, True, True]
     assert out.loss.item() == pytest.approx(-2 * mean - 2 * 1.0004)
     assert gradient("gspo", x) == pytest.approx([-mean, -mean, 0.0, 0.0])
+    low = inputs([0.99975, 0.9996, 0.9996], [-1.0, -1.0, 1.0], rows=[0, 1, 2])          # of one token each
+    assert LOSSES["gspo"](low).ratio.tolist() == pytest.approx([0.99975, 0.9996, 0.9996], abs=1e-9)
+    assert gradient("gspo", low) == pytest.approx([0.99975, 0.0, -0.9996])
 
 
 @pytest.mark.parametrize("name", LOSSES)
