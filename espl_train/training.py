@@ -34,15 +34,13 @@ def train(config: Config, console: Console | None = None) -> Summary:
     Raises EsplError for what can be put right: before anything is written, where that can be known.
     """
     plan = preflight.inspect(config)
-    with RunDirectory.create(config) as run:
-        return _shown(run, console, plan)
+    return _shown(RunDirectory.create(config), console, plan)
 
 
 def resume(folder: Path, overrides: Mapping[str, Any] | None = None, console: Console | None = None) -> Summary:
     """The run in `folder` from where it stands to its end; `overrides` as with `espl-train --resume`."""
     plan = preflight.inspect(continued(folder, read_config(folder), overrides or {}), folder)
-    with RunDirectory.open(folder, overrides) as run:
-        return _shown(run, console, plan)
+    return _shown(RunDirectory.open(folder, overrides), console, plan)
 
 
 def complete(
@@ -64,9 +62,13 @@ def complete(
 
 
 def _shown(run: RunDirectory, console: Console | None, plan: preflight.Plan) -> Summary:
-    with console or Console(quiet=True, rich=rich.console.Console(quiet=True)) as shown:
-        run.warn = shown.warn
-        return complete(run, shown, plan=plan)
+    """`complete`, after which the directory is given free; one in which nothing has happened goes."""
+    try:
+        with console or Console(quiet=True, rich=rich.console.Console(quiet=True)) as shown:
+            run.warn = shown.warn
+            return complete(run, shown, plan=plan)
+    finally:
+        run.abandon()
 
 
 def _plot(run: RunDirectory, console: Console) -> Path | None:

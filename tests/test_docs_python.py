@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from espl_envs.core.errors import EsplError
+from espl_train import loop
 from espl_train.config import EvolutionConfig, RatingConfig
 from espl_train.evolution import operators
 from espl_train.evolution.edits import Limits
@@ -22,6 +24,7 @@ from espl_train.evolution.rejections import Reason, Rejection
 from espl_train.learner import losses
 from espl_train.runs.metrics import read_lines
 from espl_train.settings import ConfigError, load
+from espl_train.training import train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLE = DOCS / "examples" / "own_parts.py"
@@ -58,6 +61,18 @@ def test_a_run_is_trained_continued_and_read(
     run = tmp_path / "runs" / "mine"
     assert [record["step"] for record in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
     assert (run / "best_prompt.txt").is_file()
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise EsplError("no such luck")
+
+    monkeypatch.setattr(loop, "Trainer", refuse)
+    config = load(overrides={"out": str(tmp_path / "run")})
+    for _ in range(2):
+        with pytest.raises(EsplError, match="no such luck"):
+            train(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [("learner.lr", "learner.learning_rate"), ("stpes", "steps")])
