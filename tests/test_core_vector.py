@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -257,3 +260,25 @@ def test_tools_work_as_in_a_single_environment() -> None:
     envs.reset(seed=1)
     obs, *_ = envs.step([call("add", a=i, b=1) for i in range(16)])
     assert [o[-1].content for o in obs] == [str(i + 1) if i != 13 else "Error: 13 brings bad luck" for i in range(16)]
+
+
+def test_the_garbage_collector_may_close_it_on_the_loop_itself() -> None:
+    """As Gymnasium 1.1 has it, whose vector environments close themselves in `__del__`."""
+    envs = TextVectorEnv(lambda: ToyEnv(tools=True), 2)
+    envs.reset(options=[{"task": 0}, {"task": 1}])
+    envs.step([call("add", a=1, b=1)] * 2)
+
+    async def collected() -> None:
+        envs.close()
+        assert envs.closed
+        await asyncio.gather(*background._finishing)
+
+    background.run(collected())
+    assert [len(env.unwrapped.adder.closed) for env in envs.envs] == [1, 1] and not background._finishing
+
+
+def test_a_process_ends_that_leaves_it_open() -> None:
+    program = "import espl_envs\nfrom espl_envs.core.vector import TextVectorEnv as Envs\nimport toy\n" \
+              "Envs.__del__ = lambda self: self.close_extras()\nenvs = Envs(toy.ToyEnv, 2)\nenvs.reset(seed=0)\n"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ PATIENCE = 0.5      # seconds after which an interrupt is noticed at the latest
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
+_finishing: set[asyncio.Task[Any]] = set()         # a loop itself holds no task
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -45,6 +47,19 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+def finish(work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    """`run`, for a clean-up that may be called from anywhere: on the shared loop (where the garbage collector may call
+    it) it goes on by itself, and when the interpreter ends, the loop has ended before it and nothing is done."""
+    if sys.is_finalizing():
+        return
+    if asyncio._get_running_loop() is not (shared := loop()):
+        run(work())
+        return
+    task = shared.create_task(work())
+    _finishing.add(task)
+    task.add_done_callback(_finishing.discard)
 
 
 def run_through(coroutine: Coroutine[Any, Any, T], grace: float = 30.0) -> T:

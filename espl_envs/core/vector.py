@@ -148,8 +148,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         return tuple(env.render() for env in self.envs)
 
     def close_extras(self, **_: Any) -> None:
-        """Close every environment."""
-        background.run(_together([env.aclose() for env in self.envs]))
+        """Close every environment. Gymnasium 1.1 calls this from `__del__`, too: on any thread, and at the very end."""
+        background.finish(lambda: _together([env.aclose() for env in self.envs]))
 
     def _each(self, name: str, values: Sequence[T] | None) -> Sequence[Any]:
         if values is None:
