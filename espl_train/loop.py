@@ -82,8 +82,6 @@ class Trainer:
 
     def train(self) -> Summary:
         """Iterate until the last step, then choose the prompt, open the test split once, and sum up."""
-        if self.step > self.config.steps:
-            raise EsplError(f"{self.step} steps are done already: --steps {self.config.steps} would have to undo some")
         self.console.begin(self.step, self.config.steps)
         self.console.watch(self.boxes.standing)
         for warning in self.boxes.notes():

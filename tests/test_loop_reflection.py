@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from hub_model import hub_model
 from loop_kit import breed_simply, config, deal, resume, run
 
 from espl_envs.core.errors import EsplError
+from espl_train import cli
 from espl_train.config import Config
 from espl_train.evolution.rejections import Reason, Rejection
 from espl_train.reflecting.command import main as review
@@ -20,6 +24,7 @@ from espl_train.reflecting.queue import Verdict
 from espl_train.reflecting.review import Desk
 from espl_train.runs import checkpoint
 from espl_train.runs.metrics import read_lines
+from espl_train.settings import to_toml
 
 WORDS = ("apples", "bears", "cars", "doors", "eggs", "foxes", "goats", "hats", "inks", "jars", "keys", "lamps")
 
@@ -146,3 +151,27 @@ def test_what_a_person_refused_outlives_an_empty_queue_and_a_run_without_review(
     island.queue = None
     island.restore(state)
     assert island.state()["queue"] == state["queue"]
+
+
+def test_ctrl_c_during_a_call_that_hangs_ends_the_run_at_once_and_it_goes_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real SIGINT, while a server holds a call and would do so for an hour."""
+    hung: list[bool] = []
+
+    async def hang() -> Any:
+        if not hung:
+            os.kill(os.getpid(), signal.SIGINT)
+        hung.append(True)
+        await asyncio.sleep(3600)
+
+    out, words = tmp_path / "run", tmp_path / "run.toml"
+    with serving(lambda body, n: hang() if n > 2 else reply(body, n)) as server:        # who is there is asked twice
+        words.write_text(to_toml(settings(model, out, server.url)))
+        assert cli.main(["--config", str(words), "--quiet"]) == 130
+    said = capsys.readouterr().err
+    assert f"0 of 2 steps are saved in {out}; continue with: espl-train --resume {out}" in said and "Trace" not in said
+    assert hung and [row["step"] for row in read_lines(out / "metrics.jsonl")] == [0]
+    with serving(reply, url=server.url) as back:
+        assert cli.main(["--resume", str(out), "--quiet", "--reflection.base_url", back.url]) == 0
+    assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == [0, 1, 2] and len(back.requests) > 2

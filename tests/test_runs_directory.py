@@ -95,8 +95,8 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(tmp_path: Path) -> None
         play(run, 1, 2)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = content(tmp_path / "run")
-    with RunDirectory.open(tmp_path / "run") as run, pytest.raises(CheckpointError, match="tells of 2 steps: put the"):
-        run.restore()
+    with pytest.raises(CheckpointError, match="tells of 2 steps: put the checkpoints back"):
+        RunDirectory.open(tmp_path / "run")
     assert content(tmp_path / "run") == before
 
 

@@ -336,3 +336,11 @@ def test_a_conversation_goes_on_from_the_very_tokens() -> None:
     assert recall.prompt((asked, said, more), (ToolSpec("f", "", "{}"),)).session is None
     recall.keep((more,), (), prompt, said, letters, word)
     assert released == [onwards.session] and recall.prompt((asked, said, more)).tokens == rendered
+
+
+@pytest.mark.parametrize("port", ["65536", "-3", "http", "²"])
+def test_a_port_that_is_none_is_said_before_a_model_is_read(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from espl_train import cli
+
+    assert cli.main(["serve", "micro", f"--port={port}"]) == 2
+    assert "is no port: a whole number from 0 to 65535" in capsys.readouterr().err

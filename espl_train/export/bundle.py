@@ -46,7 +46,8 @@ def write_prompts(run: Snapshot, folder: Path, which: str, weights: str) -> None
     asked = which.rpartition("/")[2] != "best"
     for island, prompt in run.find(which):
         target = folder / ENVS / island if island else folder
-        target.mkdir(parents=True, exist_ok=True)
+        with disk.explained(target):
+            target.mkdir(parents=True, exist_ok=True)
         place = f"../../{weights}" if island else weights
         name = f"{island}/{prompt.id}" if island else prompt.id
         record = document(run, prompt, island, asked)

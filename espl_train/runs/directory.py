@@ -145,11 +145,13 @@ class RunDirectory:
         return step, payloads
 
     def write_rollouts(self, step: int, rollouts: Iterable[Any]) -> Path:
-        """All rollouts of a step as gzipped JSON lines (dataclasses or mappings); the bytes depend on nothing else."""
+        """All rollouts of a step as gzipped JSON lines (dataclasses or mappings); the bytes depend on nothing else.
+        Raises DiskError."""
         path = self.rollouts / f"step-{step:06d}.jsonl.gz"
         lines = (json.dumps(_record(item), ensure_ascii=False) for item in rollouts)
         text = "".join(f"{line}\n" for line in lines)
-        path.write_bytes(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
+        with disk.explained(path):
+            path.write_bytes(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
         return path
 
     def write_population(self, state: Any, name: str = "") -> None:
@@ -161,9 +163,8 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> Path:
         """A small file of the run (`best_prompt.txt`, `crash.txt`)."""
-        path = self.path / name
-        path.write_bytes(text.encode("utf-8", "backslashreplace"))
-        return path
+        disk.write(self.path / name, text.encode("utf-8", "backslashreplace"))
+        return self.path / name
 
     def abandon(self) -> None:
         """Close; a directory in which nothing has happened yet goes, so that a failed start leaves nothing behind."""
@@ -231,12 +232,15 @@ def saved(path: Path) -> int | None:
 
 
 def continued(path: Path, stored: Config, overrides: Mapping[str, Any]) -> Config:
-    """The configuration with which the run in `path` goes on. Raises RunError for an override that would change it."""
+    """The configuration with which the run in `path` goes on. Raises RunError for an override that would change it, and
+    CheckpointError where it cannot go on."""
     config = override(stored, overrides)
     free = [key for key in options() if any(fnmatchcase(key, pattern) for pattern in HARMLESS)]
     changed = differences(stored, config, free)
     if "out" in changed:
         raise RunError(f"A run continues in its own directory {path}: leave --out away.")
+    if (done := saved(path) or 0) > config.steps:
+        raise RunError(f"{done} steps are done already in {path}: --steps {config.steps} would have to undo some.")
     if config.steps != stored.steps and config.schedule in ("sequential", "weights_then_prompts"):
         when = f"after a share of {stored.steps} steps"
         raise RunError(f"The schedule {config.schedule} turns {when}: leave --steps away.")

@@ -65,13 +65,19 @@ def _parser() -> Parser:
     made.add_argument("target", metavar="RUN|MODEL", help="a run directory, a model folder, 'micro' or a hub id")
     made.add_argument("--prompt", metavar="WHICH", help="of a run: best (default), root, none, or a prompt's id (with "
                       "several environments NAME/best); the system prompt of conversations that bring none")
-    made.add_argument("--port", type=int, default=0, help="0 (default): a free one, which is printed")
+    made.add_argument("--port", type=_port, default=0, help="0 (default): a free one, which is printed")
     made.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1); elsewhere needs a key")
     made.add_argument("--key", action="store_true", help="ask clients for a key: a random one, which is printed")
     made.add_argument("--key-env", metavar="VARIABLE", help="ask clients for the key in this environment variable")
     made.add_argument("--until-eof", action="store_true", help="end when standard input does, as when a parent dies")
     made.add_argument("--describe", action="store_true", help="print what would be served, as JSON, and stop")
     return made
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 0 to 65535")
+    return int(text)
 
 
 def _key(chosen: argparse.Namespace) -> str:
