@@ -84,6 +84,8 @@ def test_results_are_looked_at_with_the_other_commands(capsys: pytest.CaptureFix
     (["--env", ADD, "--out", "x"], "who is to be evaluated? Name the agent"),
     (["--env", "espl/GMS8K-v0", "--agent", "oracle", "--out", "x"], "did you mean espl/GSM8K-v0"),
     (["--env", ADD, "--agent", "orakel", "--out", "x"], "no built-in agent 'orakel'; did you mean oracle?"),
+    (["--env", ADD, "--agent", "mine.py", "--out", "x"], "that file, too, as in mine.py:agent"),
+    (["--env", ADD, "--command", "sh nothere.sh {task_file}", "--out", "x"], "no file 'nothere.sh' here for sh to run"),
     (["--env", ADD, "--agent", "mine.py:agnet", "--out", "x"], "has no 'agnet'; it has agent"),
     (["--env", ADD, "--agent", "oracle", "--run", "r", "--out", "x"], "--agent and --run name more than one agent"),
     (["--env", ADD, "--agent", "oracle", "--temperature", "1", "--out", "x"], "--temperature is for models behind"),

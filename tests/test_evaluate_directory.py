@@ -22,6 +22,7 @@ from espl_envs.evaluate.cli import main
 from espl_envs.evaluate.config import AgentConfig, EvalConfig, Prices
 from espl_envs.evaluate.directory import EPISODES, RunDirectory, RunError
 from espl_envs.evaluate.records import EpisodeKey
+from espl_envs.evaluate.summary import summarise
 
 CONFIG = config({ENV: [[1.0, 0.0]] * 3})
 KEYS = list(CONFIG.keys())
@@ -148,7 +149,7 @@ def test_a_damaged_line_in_the_middle_costs_its_episode_alone(tmp_path: Path) ->
     lines = (run / EPISODES).read_bytes().splitlines(keepends=True)
     (run / EPISODES).write_bytes(lines[0] + b"\0" * 40 + b"\n" + lines[2])
     looked = RunDirectory.read(run)
-    assert looked.damaged == 1
+    assert looked.damaged == 1 and "a line of episodes.jsonl cannot be read" in str(summarise(run))
     assert [key.task for key in looked.missing()] == [1]
 
 

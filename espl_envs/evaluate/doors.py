@@ -85,6 +85,8 @@ def _in_python(name: str, wanted: Wanted) -> Door:
     if ":" not in name:
         near = difflib.get_close_matches(name, builtin.NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected package.module:name, or {', '.join(builtin.NAMES)}"
+        if name.endswith(".py"):
+            hint = f"expected the name of what is called in that file, too, as in {name}:agent"
         raise EsplError(f"there is no built-in agent {name!r}; {hint}")
     return CallableDoor(name, wanted.timeout, wanted.concurrency or CallableDoor.concurrency)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +22,8 @@ from espl_envs.evaluate.agents import AgentFailed
 WARDEN = Path(warden.__file__)
 PRINTED = 64 << 10          # bytes kept of what a program prints
 COMPLAINT = 4 << 10         # bytes kept of its standard error
+_INTERPRETER = re.compile(r"(?:python|pypy|bash|sh|node|ruby|perl)[\d.]*")
+_SCRIPT = re.compile(r"[^-{][^{]*")
 DRAIN_S = 5.0               # for output that is still in the pipes when it has ended
 
 
@@ -89,6 +92,9 @@ def words_of(command: str) -> list[str]:
     program = shutil.which(words[0])
     if program is None:
         raise EsplError(f"--command: there is no program {words[0]!r}")
+    script = words[1] if _INTERPRETER.fullmatch(Path(program).name) and len(words) > 1 else ""
+    if _SCRIPT.fullmatch(script) and not Path(script).is_file():
+        raise EsplError(f"--command: there is no file {script!r} here for {words[0]} to run")
     arguments = [str(Path(word).absolute()) if Path(word).exists() else word for word in words[1:]]
     return [str(Path(program).absolute()), *arguments]      # not resolved: a virtual environment's python is a link
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espl_envs.core.errors import EsplError
@@ -41,9 +42,9 @@ class ServedDoor:
     def __init__(self, wanted: Wanted) -> None:
         self.target = wanted.run if wanted.run is not None else str(wanted.model)
         self._words = [self.target, *(["--prompt", wanted.prompt] if wanted.prompt else [])]
-        known = _described(self._words)
-        if wanted.run is not None and known["kind"] != "run":
+        if wanted.run is not None and not (Path(self.target) / "config.toml").is_file():
             raise EsplError(f"--run {self.target} is no run of espl-train: it has no config.toml")
+        known = _described(self._words)
         if wanted.run is None and known["kind"] == "run":
             raise EsplError(f"--model {self.target} is a run of espl-train: evaluate it with --run")
         self.name = str(known["name"])

@@ -55,6 +55,9 @@ def summary_table(summary: Summary) -> Any:
     facts.append(f"{data['episodes']['scored']:,} of {data['episodes']['expected']:,} episodes")
     parts = [headline, table, text(" · ".join(facts), "dim")]
     parts += [text(f"warning: {CHANGED}", "bold yellow")] if data["agent_changed"] else []
+    if damaged := data["damaged_lines"]:
+        lines = "a line" if damaged == 1 else f"{damaged:,} lines"
+        parts.append(text(f"warning: {lines} of episodes.jsonl cannot be read: --resume plays that again", "bold red"))
     parts += [text(f"{e['count']} × {e['outcome']}: {one_line(e['error'])}", "yellow") for e in data["errors"][:3]]
     return _rich("console").Group(*parts)
 

@@ -12,8 +12,8 @@ PARTS = frozenset({".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt
 
 def weights_of(path: str, revision: str | None = None) -> str:
     """A digest of the model at `path`: of weights, configuration, tokenizer and chat template in a folder (which is
-    read as a whole: about a second per gigabyte), the commit where it is a model of the hub; "" where that cannot be
-    had now. Raises EsplError as `locate`, and for files that cannot be read."""
+    read as a whole: about a second per gigabyte), the commit where it is a model of the hub. Raises EsplError as
+    `locate`, and for what cannot be had or read."""
     from espl_train.learner.loading import locate
 
     source = locate(path)
@@ -30,11 +30,11 @@ def weights_of(path: str, revision: str | None = None) -> str:
 
 
 def _commit(repository: str, revision: str | None) -> str:
-    """The commit that the hub's name stands for here, from the cache or from the hub."""
+    """The commit that the hub's name stands for now, or in the cache where the hub cannot be asked."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
         file = cached_file(repository, "config.json", revision=revision)
-    except OSError:
-        return ""                           # loading it will say why
+    except OSError as problem:
+        raise EsplError(f"the model {repository!r} cannot be had: {str(problem).splitlines()[0]}") from None
     return extract_commit_hash(file, None) or ""
