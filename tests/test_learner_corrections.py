@@ -151,6 +151,20 @@ def test_weights_stay_within_their_bounds_and_only_what_passes_them_is_touched(g
     assert not any(t.requires_grad for t in (out.weights, out.inputs.weights, out.inputs.behaviour))
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("token_truncate", [0.02, 0.49, 0.51, 1.99, 2.0, 2.0, 2.0]),
+        ("token_mask", [0.0, 0.0, 0.51, 1.99, 2.01, 4.99, 0.0]),
+        ("sequence_truncate", [0.02, 0.49, 0.51, 1.99, 2.0, 2.0, 2.0]),
+        ("sequence_mask", [0.02, 0.49, 0.51, 1.99, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_the_bounds_are_those_of_the_papers_where_none_are_configured(name, weights):
+    ratios = [0.02, 0.49, 0.51, 1.99, 2.01, 4.99, 5.01]
+    assert apply(inputs([math.log(r) for r in ratios], list(range(7))), name).weights.tolist() == pytest.approx(weights)
+
+
 def test_none_hands_the_very_same_inputs_on():
     x = inputs([0.0, 0.7], [0, 0])
     out = apply(x)
