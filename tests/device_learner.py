@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from espl_train.config import LearnerConfig
-from espl_train.learner import packing
+from espl_train.learner import norms, packing
 from espl_train.learner.corrections import CORRECTIONS
 from espl_train.learner.losses import LOSSES, PENALTIES
 from espl_train.learner.packing import Limits
@@ -44,6 +44,9 @@ def updates_packed_padded_and_one_by_one() -> None:
 
 def updates_in_every_mode() -> None:
     both(gradient_checkpointing="auto", updates=2)
+    for device in (CPU, DEVICE):
+        kinds = {type(m) for m in policy_on(device).causal.modules() if type(m).__name__ == "Qwen2RMSNorm"}
+        assert [kind.__module__ == norms.__name__ for kind in kinds] == [device == DEVICE], "norms are one kernel there"
     both(mode="full", gradient_checkpointing="on", kl=0.1, learning_rate=1e-4)
     both(model=llama)
     both(dtype=torch.bfloat16, kl=0.1, bound=0.1)

@@ -138,7 +138,7 @@ class _Chunked(torch.autograd.Function):
         for part in _parts(len(hidden), rows):
             logits = head.logits(hidden[part])                                   # [k, V]
             slope = head.slope(logits)
-            table = torch.log_softmax(logits.div_(temperature), 1)               # [k, V]
+            table = torch.log_softmax(_at(logits, temperature), 1)               # [k, V]
             logp[part] = table.gather(1, targets[part, None])[:, 0]
             chances = torch.exp(table, out=logits)
             entropy[part] = -torch.bmm(table[:, None], chances[:, :, None])[:, 0, 0]
@@ -161,7 +161,7 @@ class _Chunked(torch.autograd.Function):
         for part in _parts(len(hidden) if by_weight is not None or by_bias is not None else 0, rows):
             logits = head.logits(hidden[part])                                   # [k, V]
             slope = head.slope(logits)
-            chances = torch.softmax(logits.div_(temperature), 1)
+            chances = torch.softmax(_at(logits, temperature), 1)
             by_product = _by_product(chances, slope, targets[part], temperature).mul_(grad[part, None])
             if by_weight is not None:
                 by_weight += by_product.to(hidden.dtype).T @ hidden[part]
@@ -178,9 +178,15 @@ class _Chunked(torch.autograd.Function):
 
 def _by_product(chances: Tensor, slope: Tensor | float, targets: Tensor, temperature: float) -> Tensor:
     """d logp / d (h Wᵀ + b): (one-hot - chances) / T, through scale and cap; in the place of `chances`. [k, V]"""
-    out = chances.neg_()
-    out.scatter_add_(1, targets[:, None], out.new_ones(len(out), 1))
-    return out.mul_(slope).div_(temperature)
+    share = 1 / temperature if isinstance(slope, Tensor) else slope / temperature
+    out = chances.mul_(-share)
+    out.scatter_add_(1, targets[:, None], out.new_full((len(out), 1), share))
+    return out.mul_(slope) if isinstance(slope, Tensor) else out
+
+
+def _at(logits: Tensor, temperature: float) -> Tensor:
+    """`logits`, in their place: every pass over [k, V] that is spared is seen in the time of an update."""
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import LearnerConfig, ModelConfig
+from espl_train.learner import norms
 from espl_train.learner.attention import install
 from espl_train.learner.loading import context_length, load_model, load_tokenizer, use_threads
 from espl_train.randomness import derive
@@ -58,6 +59,7 @@ class Policy:
         model.eval()
         _silence_dropout(model)
         install(model)
+        norms.fuse(model, self.device)
         if config.mode == "lora":
             model.requires_grad_(False)
             self._base: nn.Module | None = _sharing_copy(model)
@@ -227,6 +229,7 @@ class Policy:
         if self._base is None:
             self._base = self._reload().eval().requires_grad_(False)
             install(self._base)
+            norms.fuse(self._base, self.device)
         return self._base
 
     @contextmanager

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import LearnerConfig, ModelConfig
+from espl_train.learner import norms
 from espl_train.learner.loading import blank_model, load_model, load_tokenizer, use_threads
 from espl_train.learner.policy import Policy, draw_adapter
 from espl_train.learner.ranks import whole
@@ -50,6 +51,7 @@ class ShardedPolicy(Policy):
         if config.gradient_checkpointing == "auto" and self.causal.supports_gradient_checkpointing:
             self.checkpoint(True)                # who shards is short of memory
         self.device = team.device
+        norms.fuse(model, self.device)
         self._team, self._settings, self._base = team, settings, None
         given = {} if source is None else {**dict(source.named_parameters()), **dict(source.named_buffers())}
         mesh = init_device_mesh(team.device.type, (team.size,))
