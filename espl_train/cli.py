@@ -1,7 +1,8 @@
 """`espl-train`: from arguments to an exit code. What training is stands in loop.py.
 
 0 done · 1 something unexpected (its traceback is in crash.txt) · 2 something the user can put right, said in one
-sentence · 130 Ctrl-C and 143 SIGTERM, with where the run stands and the command that continues it.
+sentence · 130 Ctrl-C and 143 SIGTERM, with where the run stands and the command that continues it · 141 nobody reads
+what is printed.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ EXTRA = frozenset(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; nothing but the answer to `--help` and a dry run is on stdout."""
     words = list(sys.argv[1:] if argv is None else argv)
+    commandline.spell_out()
     try:
         with _explained_imports(), _ranks() as ranks:
-            return _command(words, ranks)
+            code = _command(words, ranks)
+            sys.stdout.flush()
+            return code
     except EsplError as error:
         return _complain(str(error), 2)
     except RankLost as lost:
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop, "before anything was written")
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and commandline.unread():
+            return commandline.UNREAD
         return _crashed(error, Path(tempfile.gettempdir()) / f"espl-crash-{os.getpid()}.txt")
 
 
@@ -132,6 +138,8 @@ def _guarded(run: RunDirectory, request: Request, ranks: Ranks, plan: Plan) -> i
         cause = ranks.cause(stop)
         return _bereft(cause, run) if isinstance(cause, RankLost) else _stopped(cause, run.standing())
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and commandline.unread():
+            return _complain(f"stopped; nobody reads what it prints{_left(run)}", commandline.UNREAD)
         return _crashed(error, run.path / "crash.txt", run.standing())
     return 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,47 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.setattr(sys.modules["espl_train.loop"], "Trainer", missing)
     code, _, err = outcome(capsys, *SMALL)
     assert code == 2 and "pip install 'espl[train]'" in err and name in err
+
+
+@contextlib.contextmanager
+def nobody_reads() -> Iterator[None]:
+    """Standard output is a real pipe whose other end is closed."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w", encoding="utf-8") as pipe, contextlib.redirect_stdout(pipe):
+        yield
+
+
+def test_where_nobody_reads_the_output_a_command_ends_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with nobody_reads():
+        assert cli.main(["--help"]) == 141 and cli.main(["--version"]) == 0        # what comes after goes nowhere
+    assert capsys.readouterr().err == ""
+
+
+def test_where_nobody_reads_the_output_a_run_says_how_it_goes_on(
+    trainer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(lambda _: None)
+    with nobody_reads():
+        assert cli.main(SMALL) == 141
+    err = capsys.readouterr().err
+    assert "stopped; nobody reads what it prints\n1 of 3 steps are saved in run; continue with: espl-train" in err
+    assert "Traceback" not in err and not Path("run/crash.txt").exists()
+
+
+def test_another_broken_pipe_is_something_unexpected(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def crash(_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    trainer(crash)
+    code, _, err = outcome(capsys, *SMALL)
+    assert code == 1 and "something unexpected happened: BrokenPipeError" in err
+
+
+def test_a_terminal_that_knows_no_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", plain)
+    assert cli.main(["--help"]) == 0 and b"\\u2026" in plain.buffer.getvalue()     # type: ignore[attr-defined]
 
 
 def test_the_same_directory_twice(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:

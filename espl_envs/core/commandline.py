@@ -7,8 +7,10 @@ import argparse
 import atexit
 import contextlib
 import difflib
+import io
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ from espl_envs.core.errors import EsplError
 
 THREADS_S = 5.0         # for threads that would keep a process alive that has nothing left to do
 HOOKS_S = 30.0          # for exit hooks: ours remove sandboxes
+UNREAD = 141            # the exit code where nobody reads the output any more, as shells count: 128 and SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +98,28 @@ def stopped(program: str, stop: KeyboardInterrupt, standing: str) -> int:
 def exit_code(stop: KeyboardInterrupt) -> int:
     """As shells count: 128 and the signal's number."""
     return 143 if isinstance(stop, Terminated) else 130
+
+
+def spell_out() -> None:
+    """Let standard output take every text: what its encoding does not have is written as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more. What is printed from then on goes nowhere, so that
+    the interpreter does not try again at its end."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):               # it is closed, or no file at all
+        return False
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
 
 
 def leave(program: str, code: int) -> NoReturn:

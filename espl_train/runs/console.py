@@ -6,6 +6,7 @@ model wrote is stripped of control characters and never read as markup.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import threading
@@ -56,6 +57,13 @@ class _State:
     validation: dict[str, float] = field(default_factory=dict)
 
 
+class _Terminal(RichConsole):
+    """Rich, which would end the process where nobody reads its output; whoever called decides."""
+
+    def on_broken_pipe(self) -> None:
+        raise                                  # the BrokenPipeError that rich has caught
+
+
 class Console:
     """Shows one run of `steps` steps (or whatever its `noun` is). A context manager; outside of it nothing is live."""
 
@@ -68,7 +76,7 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
         noun: str = "step",
     ) -> None:
-        self._out, self._noun = rich or RichConsole(highlight=False), noun
+        self._out, self._noun = rich or _Terminal(highlight=False), noun
         self._steps, self._title, self._quiet, self._clock = steps, clean(title), quiet, clock
         self._state = _State(phase_start=clock())
         self._began: tuple[int, float] | None = None
@@ -167,8 +175,9 @@ class Console:
         self._out.print(text, soft_wrap=True)
 
     def _heartbeat(self) -> None:
-        while not self._stop.wait(1.0):
-            self._tick()
+        with contextlib.suppress(BrokenPipeError):      # the loop will find out by itself
+            while not self._stop.wait(1.0):
+                self._tick()
 
     def _tick(self) -> None:
         """Without a terminal, a long phase says every 15 s that it is still at work."""
