@@ -19,6 +19,7 @@ from typing import Any
 
 from espl_envs.core.errors import MissingExtra
 from espl_envs.evaluate import charts
+from espl_envs.evaluate.config import EvalConfig
 from espl_envs.evaluate.directory import RunDirectory
 from espl_envs.evaluate.plain import one_line, visible
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome, TurnUsage
@@ -51,7 +52,7 @@ def write_report(
     directory = run if isinstance(run, RunDirectory) else RunDirectory.read(run)
     episodes = list(directory.episodes(transcripts=False))
     data = summary_of(directory, allow_faults, episodes)
-    lines = [_Line(e.key, e.task_id, kind_of(e), e.score) for e in episodes]
+    lines = [_Line(e.key, e.task_id, kind_of(e), e.score) for e in in_order(directory.config, episodes)]
     chosen = _chosen(lines, transcripts)
     anchors = {key: f"episode-{number}" for number, key in enumerate(chosen, 1)}
     css = files("espl_envs.evaluate").joinpath("report.css").read_text("utf-8")
@@ -68,6 +69,12 @@ def write_report(
     return directory.write_text(REPORT, page)
 
 
+def in_order(config: EvalConfig, episodes: Sequence[Episode]) -> list[Episode]:
+    """Environments as the configuration has them, and their episodes by key."""
+    place = {(env.id, env.split): number for number, env in enumerate(config.envs)}
+    return sorted(episodes, key=lambda episode: (place[episode.key.env, episode.key.split], episode.key))
+
+
 def kind_of(episode: Episode) -> str:
     """The outcome, with answers told apart by what they were worth."""
     if episode.outcome is not Outcome.ANSWERED or episode.score is None:
@@ -77,14 +84,14 @@ def kind_of(episode: Episode) -> str:
 
 def _chosen(lines: Sequence[_Line], most: int | None) -> list[EpisodeKey]:
     """Keys in order; where there are too many, kinds and environments take turns."""
-    ordered = sorted(lines, key=lambda line: line.key)
     if most is None or len(lines) <= most:
-        return [line.key for line in ordered]
+        return [line.key for line in lines]
     queues: dict[tuple[str, str, str], list[EpisodeKey]] = {}
-    for line in ordered:
+    for line in lines:
         queues.setdefault((line.kind, line.key.env, line.key.split), []).append(line.key)
     turns = (key for row in zip_longest(*queues.values()) for key in row if key is not None)
-    return sorted(key for key, _ in zip(turns, range(most), strict=False))
+    chosen = {key for key, _ in zip(turns, range(most), strict=False)}
+    return [line.key for line in lines if line.key in chosen]
 
 
 def _part(
@@ -190,7 +197,8 @@ def _shown(episode: Episode, anchor: str) -> dict[str, Any]:
     took = [duration(episode.seconds)]
     if episode.turns:
         tokens = episode.completion_tokens
-        took.append(f"{len(episode.turns)} model call{'s' if len(episode.turns) > 1 else ''}")
+        what = "turn" if tokens is None else "model call"       # an agent in Python need not say what it asked whom
+        took.append(f"{len(episode.turns)} {what}{'s' if len(episode.turns) > 1 else ''}")
         took += [f"{tokens:,} tokens written"] if tokens is not None else []
         took += [f"{episode.tool_calls} tool calls"] if episode.tool_calls else []
     return {

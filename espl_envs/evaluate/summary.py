@@ -252,10 +252,11 @@ def _usage(episodes: Sequence[Episode], currency: str | None) -> dict[str, Any]:
 
 
 def _spread(values: Iterable[float | None]) -> dict[str, Any]:
-    """Total, mean and quantiles of what is known, and how many values are not."""
+    """Total, mean and quantiles of what is known, and how many values are not. Where some are not, nothing but zeros
+    (of episodes that failed before they cost anything) is nothing known."""
     listed = list(values)
     known = sorted(value for value in listed if value is not None)
-    if not known:
+    if not known or (len(known) < len(listed) and not any(known)):
         return {"total": None, "mean": None, "median": None, "p95": None, "max": None, "unknown": len(listed)}
     return {
         "total": sum(known), "mean": sum(known) / len(known), "median": statistics.median(known),
