@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from learner_kit import shake, tiny_policy
+from learner_kit import shake, tiny_model, tiny_policy, tiny_tokenizer
 
+from espl_train.config import LearnerConfig
 from espl_train.engines import probe as probe_module
 from espl_train.engines.base import EngineError, Request, Sample
 from espl_train.engines.probe import TRIAL, Passage, Probe
@@ -159,6 +161,18 @@ def test_rounding_is_not_taken_for_a_fault(policy: Policy) -> None:
     probe.prove(twin, 0)
     version = trained(policy, 1e-7)
     probe.prove(twin, version)                 # nobody could see whether this arrived
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.05), ("float16", 0.02)])
+def test_what_counts_as_rounding_is_a_matter_of_the_dtype(dtype: str, bound: float) -> None:
+    policy = Policy(tiny_model(dtype=getattr(torch, dtype)), tiny_tokenizer(), LearnerConfig(rank=4))
+    for share, believed in ((0.8, True), (1.3, False)):
+        twin = Twin(policy, noise=share * bound * (math.pi / 2) ** 0.5)       # whose mean size is share * bound
+        if believed:
+            assert begun(twin).distance == pytest.approx(share * bound, rel=0.2)
+        else:
+            with pytest.raises(EngineError, match=f"at most {bound:g} is rounding"):
+                begun(twin)
 
 
 def test_what_was_proven_is_proven_again_without_the_learner(policy: Policy) -> None:
