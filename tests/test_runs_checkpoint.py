@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from espl_train.disk import DiskError
 from espl_train.runs import checkpoint
 from espl_train.runs.checkpoint import CheckpointError, load_newest, save, steps
 
@@ -249,3 +251,19 @@ def test_whether_a_run_can_go_on_is_known_from_manifests_alone(tmp_path: Path) -
 def test_one_that_was_being_replaced_counts(tmp_path: Path) -> None:
     (save(tmp_path, 4, payloads(4), keep=3)).rename(tmp_path / f"{checkpoint.REPLACED}step-000004")
     assert checkpoint.newest(tmp_path) == 4 and load_newest(tmp_path)[0] == 4
+
+
+@pytest.mark.parametrize("name", ["weights", "optimiser"])
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stands(name: str, tmp_path: Path) -> None:
+    """A real limit of the kernel: no file may grow beyond 64 KiB."""
+    save(tmp_path, 1, payloads(1), keep=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = torch.ones(1 << 16)
+    big = {"weights": {"a": large}, "optimiser": {"state": [large]}}[name]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(DiskError, match=rf"{name}\.\w+ cannot be written: .*is the disk full"):
+            save(tmp_path, 2, {**payloads(2), name: big}, keep=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_newest(tmp_path)[0] == 1 and same(load_newest(tmp_path)[1], payloads(1))

@@ -153,15 +153,19 @@ def _write_payload(folder: Path, name: str, payload: Any) -> Path:
         disk.put(path, json.dumps(payload).encode())      # in ASCII: half a surrogate pair comes back as it was
         return path
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    if isinstance(payload, Mapping) and all(isinstance(v, torch.Tensor) for v in payload.values()):
-        from safetensors.torch import save_file
-
-        path = folder / f"{name}.safetensors"
-        save_file(_unshared(payload), path)
-    else:
-        path = folder / f"{name}.pt"
-        torch.save(payload, path)
+    flat = isinstance(payload, Mapping) and all(isinstance(v, torch.Tensor) for v in payload.values())
+    path = folder / f"{name}.{'safetensors' if flat else 'pt'}"
+    try:
+        if flat:
+            save_file(_unshared(payload), path)
+        else:
+            torch.save(payload, path)
+    except (RuntimeError, SafetensorError) as problem:          # neither passes on what the file system said
+        said = str(problem).partition("\n")[0]
+        raise disk.DiskError(f"{path} cannot be written: {said} (is the disk full?)") from problem
     disk.sync(path)
     return path
 
