@@ -216,16 +216,17 @@ HIDES = """
 """
 
 
-@pytest.mark.parametrize("end, outcome", [
-    ("print('\\\\boxed{50}')", Outcome.ANSWERED), ("import time; time.sleep(300)", Outcome.AGENT_ERROR),
+@pytest.mark.parametrize("end", [
+    "print('\\\\boxed{50}')", "tool('submit', answer='50')\n    import time; time.sleep(300)",
 ])  # fmt: skip
-def test_nothing_outlives_its_episode_wherever_it_hides(tmp_path: Path, end: str, outcome: Outcome) -> None:
-    """Children, children in a session of their own, and daemons; and nobody is hit who has nothing to do with it."""
+def test_nothing_outlives_its_episode_wherever_it_hides(tmp_path: Path, end: str) -> None:
+    """Children, children in a session of their own, and daemons; whether the program has ended or is still at it; and
+    nobody is hit who has nothing to do with it."""
     with subprocess.Popen(["sleep", "300"], start_new_session=True) as bystander:
         try:
-            [episode] = run(tmp_path, HIDES.format(seen=str(tmp_path / "seen"), end=end), timeout=3.0)
+            [episode] = run(tmp_path, HIDES.format(seen=str(tmp_path / "seen"), end=end), TOOLS)
             folder, *pids = (tmp_path / "seen").read_text().split()
-            assert episode.outcome is outcome and not Path(folder).exists()
+            assert episode.score == 1.0 and not Path(folder).exists()
             assert len(pids) == 3 and not any(alive(int(pid)) for pid in pids)
             assert bystander.poll() is None
         finally:
@@ -250,7 +251,7 @@ def test_the_mutant_that_adopts_nobody_is_found(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(program_module, "WARDEN", careless)
     monkeypatch.setattr(program_module, "DRAIN_S", 0.1)
     with pytest.raises(AssertionError):
-        test_nothing_outlives_its_episode_wherever_it_hides(tmp_path, "pass", Outcome.NO_ANSWER)
+        test_nothing_outlives_its_episode_wherever_it_hides(tmp_path, "print('\\\\boxed{50}')")
     for pid in (tmp_path / "seen").read_text().split()[1:]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
