@@ -161,7 +161,8 @@ def text_env(env_id: str, args: dict[str, Any], split: str | None = None) -> Tex
         if not args:
             raise
         given = ", ".join(f"{name} = {value!r}" for name, value in args.items())
-        raise EsplError(f"{env_id} cannot be made with {given}: {type(error).__name__}: {error}") from error
+        said = str(error).partition(" was raised from the environment creator")[0]          # gymnasium's postscript
+        raise EsplError(f"{env_id} cannot be made with {given}: {type(error).__name__}: {said}") from error
     if not isinstance(env, TextEnv):
         raise EsplError(f"{env_id} is a {type(env).__name__}, not a TextEnv: only text environments can be trained on")
     return env

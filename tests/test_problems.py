@@ -180,5 +180,5 @@ def test_something_that_is_no_text_environment_is_refused() -> None:
 
 
 def test_an_argument_that_an_environment_stumbles_over_is_a_sentence() -> None:
-    with pytest.raises(EsplError, match=r"espl/Conventions-v0 cannot be made with world = 'abc': TypeError: "):
+    with pytest.raises(EsplError, match=r"cannot be made with world = 'abc': TypeError: .*'int'$"):
         text_env("espl/Conventions-v0", {"world": "abc"})

@@ -266,6 +266,16 @@ def test_a_damaged_decision_decides_nothing_and_the_child_goes_on_waiting(
     assert admit(queue, people, step=4) == (["Check units."], ["accepted"])
 
 
+def test_a_child_whose_file_is_damaged_is_told_and_written_anew(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queue = Queue(run, "")
+    (one,) = put(queue, population(), child("Check units."))
+    path = run / "review" / f"{one}.toml"
+    path.write_text("id = [")
+    assert review(run) == 0 and f"{path} cannot be read: the run writes it anew" in capsys.readouterr().out
+    queue.restore(queue.state())
+    assert review(run) == 0 and "1 waiting" in (said := capsys.readouterr().out) and "cannot be read" not in said
+
+
 def test_a_sheet_that_is_not_there_is_a_sentence(run: Path, tmp_path: Path) -> None:
     (one,) = put(Queue(run, ""), population(), child("Check units."))
     for name in ("absent.txt", "."):

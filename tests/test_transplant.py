@@ -320,6 +320,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["{runs}/one", "--learner.rank", "3"], "--learner.rank changes nothing when weights and prompts are transplanted"),
     (["{runs}/one", "--problems", "0"], "'0' is no whole number above 0"),
     (["{runs}/one", "--prompts", "long={runs}/long.txt"], "tokens, and the model reads 2048 in all"),
+    (["{runs}/one", "--prompts", "x={runs}/deep.json"], "deep.json is no prompt.json of espl-train export"),
+    (["{runs}/one", "--prompts", "x={runs}/five.json"], "five.json is no prompt.json of espl-train export"),
 ]  # fmt: skip
 
 
@@ -330,6 +332,8 @@ def test_wrong_words_are_a_sentence(
     (runs / "empty").mkdir(exist_ok=True)
     (runs / "empty" / "config.toml").write_text((runs / "one" / "config.toml").read_text())
     (runs / "long.txt").write_text("Be brief. " * 3000)
+    (runs / "deep.json").write_text("[" * 100_000)
+    (runs / "five.json").write_text('{"prompt": {"text": 5}}')
     assert run(tmp_path / "x", *(word.format(runs=runs) for word in words)) == 2
     said = capsys.readouterr().err
     assert sentence in said and "Traceback" not in said and stage.cells == []

@@ -42,6 +42,8 @@ def main(words: Sequence[str]) -> int:
         wanted = [_find(found, name) for name in chosen.ids] or found
         parts = [_shown(candidate, desk, chosen.action == "show") for candidate in wanted]
         print("\n\n".join([*parts, _count(found, desk)]) if found else _nothing(config.reflection.review))
+        for path in desk.unreadable():
+            print(f"{path} cannot be read: the run writes it anew when it goes on")
         return 0
     if not chosen.ids:
         raise EsplError(f"{chosen.action} needs the id of a child: espl-train review {chosen.run} lists them")

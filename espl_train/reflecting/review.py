@@ -132,14 +132,21 @@ class Desk:
         self._file(name).unlink(missing_ok=True)
 
     def all(self) -> Iterator[Candidate]:
-        """Every child that ever lay here, oldest first; files that are not ours are passed over."""
+        """Every child that ever lay here, oldest first; files that hold none are passed over."""
+        return (found for _, found in self._files() if found is not None)
+
+    def unreadable(self) -> list[Path]:
+        """Files that should hold a child and hold none. The run knows its children and writes theirs anew."""
+        return [path for path, found in self._files() if found is None]
+
+    def _files(self) -> Iterator[tuple[Path, Candidate | None]]:
         for path in sorted(self.folder.glob("*.toml")):
             if path.name.startswith(".") or path.name.endswith(DECISION):
                 continue
             try:
-                yield Candidate.from_json(tomllib.loads(path.read_text("utf-8")))
+                yield path, Candidate.from_json(tomllib.loads(path.read_text("utf-8")))
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue
+                yield path, None
 
     def decision(self, name: str) -> Decision | Damaged | None:
         """What was decided about a child, None while nothing was."""

@@ -92,7 +92,7 @@ def read_lines(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict) or not all(field in record for field in fields):
                 raise EsplError(f"{path} is damaged: line {number} is no record; restore the file, or take it out")

@@ -168,9 +168,12 @@ def _read(file: Path) -> str:
         raise EsplError(f"{file} cannot be read: {problem}") from None
     if file.suffix == ".json":
         try:
-            text = str(json.loads(text)["prompt"]["text"])
-        except (ValueError, KeyError, TypeError):
-            raise EsplError(f"{file} is no prompt.json of espl-train export: it has no prompt.text") from None
+            found = json.loads(text)["prompt"]["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = None
+        if not isinstance(found, str):
+            raise EsplError(f"{file} is no prompt.json of espl-train export: it has no prompt.text")
+        text = found
     if not text.strip():
         raise EsplError(f"{file} holds an empty prompt: that is the column {NONE!r}, which is always there")
     return text.strip()

@@ -143,7 +143,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text("utf-8"))
     except OSError as problem:
         raise Unreadable(f"cannot be read ({problem.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unreadable("is damaged (no JSON)") from None
     if not isinstance(data, dict):
         raise Unreadable("is damaged (no object)")
