@@ -116,6 +116,7 @@ def test_a_proof_asks_the_sampler_once_and_the_learner_twice(policy: Policy, mon
         ({"slips": ("read",)}, "does not serve .*on fixed passages"),            # most tokens are right
         ({"slips": ("draw",)}, "does not serve .*that it drew"),
         ({"slips": ("read",), "slip": float("nan")}, "does not serve .*on fixed passages"),
+        ({"slips": ("draw",), "slip": float("nan")}, "does not serve .*that it drew"),
         ({"ignores_temperature": True}, "drew at temperature 0.7 .*they are those of temperature 1"),
         ({"share": 0.5}, "does not serve policy 1"),
         ({"noise": 1e-2}, "does not serve"),
