@@ -178,3 +178,7 @@ NORMALISATIONS: dict[str, Normalisation] = {
     "constant": fixed,
     "prompt_balanced": prompt_balanced,
 }
+"""Over the sequences that are learnt from. Groups without contrast have no gradient and count in no denominator, as
+under dynamic sampling; GRPO, Dr. GRPO and CISPO as published count them, so that their steps shrink with the share of
+such groups.
+"""
