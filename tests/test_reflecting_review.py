@@ -67,6 +67,11 @@ def test_nobody_enters_before_a_person_has_said_so(run: Path) -> None:
     assert admit(queue, people) == ([], [])
 
 
+def test_of_a_child_that_waits_is_told_what_would_change(run: Path) -> None:
+    (event,) = Queue(run, "").put([child("Add first.", "Check units.")], 1, population("Add first."), lambda _: [])
+    assert event["detail"] == "+ G2: Check units."
+
+
 def test_a_rejected_child_is_gone_and_need_not_come_again(run: Path) -> None:
     people, queue = population(), Queue(run, "")
     (one,) = put(queue, people, child("Check units."))

@@ -60,7 +60,8 @@ class Queue:
                 continue
             self._waiting[found.id] = found
             self._desk.write(found)
-            events.append(event | {"outcome": WAITING, "detail": "; ".join(found.changes)})
+            new = [line for line in found.changes if not line.startswith(" ")]
+            events.append(event | {"outcome": WAITING, "detail": "; ".join(new)})
         return events
 
     def admit(
