@@ -5,6 +5,7 @@ Programs are small Python scripts that know nothing of this package: they read t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -34,7 +35,7 @@ from espl_envs.evaluate.credentials import Secret
 from espl_envs.evaluate.doors import Wanted
 from espl_envs.evaluate.endpoint import EndpointDoor
 from espl_envs.evaluate.proxy import Budget, Ledger
-from espl_envs.evaluate.purse import Halted
+from espl_envs.evaluate.purse import Halted, Purse
 from espl_envs.evaluate.records import Episode, EpisodeKey, Outcome
 from espl_envs.evaluate.runner import Limits
 
@@ -176,12 +177,49 @@ def test_the_money_of_the_evaluation_is_kept_within_a_program_too(tmp_path: Path
     assert episode.score == 1.0 and len(episode.turns) == 5
 
 
+def test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_short(tmp_path: Path) -> None:
+    """Twenty threads, calls of 11 each, and 60 to spend: the sixth may go beyond the limit, and no other is made."""
+    hasty = """
+        import threading
+        def ask():
+            try: chat()
+            except Exception: pass
+        threads = [threading.Thread(target=ask) for _ in range(20)]
+        [one.start() for one in threads]
+        [one.join() for one in threads]
+    """
+
+    async def slow(body: dict[str, Any]) -> Any:
+        await asyncio.sleep(0.05)
+        return sum_in(body["messages"])
+
+    with serving(after_hello(lambda body, _: slow(body))) as server:
+        door = doors.choose(
+            Wanted(command=program(tmp_path, hasty), base_url=server.url, model=MODEL, prices=Prices(1e6, 0))
+        )
+        with pytest.raises(Halted, match="the cost limit of 60 is reached"):
+            play(tmp_path / "run", door, ADD, limit=1, limits=Limits(1, max_cost=60.0))
+        assert len(server.requests) - 1 == 6 and server.most <= Purse.FIRST
+    [stopped] = lines(tmp_path / "run")
+    assert stopped["outcome"] == "fault" and sum(turn["cost"] for turn in stopped["turns"]) == 66.0
+
+
+def test_the_mutant_that_asks_only_whether_money_is_left_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Purse, "_affords", lambda purse: not purse.empty)
+    with pytest.raises(AssertionError):
+        test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_short(tmp_path)
+
+
 def test_a_program_is_told_that_the_money_is_spent() -> None:
     """With a status that clients do not take for a reason to try again."""
     class Spent:
         def charge(self, calls: Any) -> None: ...
-        def refusal(self) -> str:
-            return "the cost limit of 5 is reached"
+        @contextlib.asynccontextmanager
+        async def call(self) -> Any:
+            raise Unpaid("the cost limit of 5 is reached")
+            yield
 
     async def main(url: str) -> None:
         door = doors.choose(Wanted(command="true", base_url=url, model=MODEL))

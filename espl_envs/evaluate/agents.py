@@ -83,8 +83,9 @@ class Tab(Protocol):
         the evaluation, where there is a limit and nobody knows what they cost."""
         ...
 
-    def refusal(self) -> str:
-        """Why no further call may be made; empty if one may. One that is under way is still answered."""
+    def call(self) -> AbstractAsyncContextManager[None]:
+        """Make one call, and charge it, in this block. It waits while those that are under way could use up the money;
+        raises Unpaid when it is spent."""
         ...
 
 

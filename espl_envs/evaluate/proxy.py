@@ -152,9 +152,6 @@ class Proxy:
         ledger = self._of(request)
         if ledger is None:
             return _error(401, "this key belongs to no episode, or it is over", "invalid_api_key")
-        if unpaid := ledger.seat.tab.refusal():
-            ledger.broken(Unpaid(unpaid))
-            return _error(402, unpaid, "insufficient_quota")
         if refused := ledger.refusal():
             return _error(403, refused, "budget_exceeded")
         try:
@@ -167,9 +164,13 @@ class Proxy:
         body = {**self.defaults, **body, "model": self.endpoint.door.model}
         seed = derive(ledger.seat.seed, "proxy", ledger.begun)
         try:
-            if body.get("stream"):
-                return await self._stream(request, ledger, body, seed)
-            return await self._whole(ledger, body, seed)
+            async with ledger.seat.tab.call():
+                if body.get("stream"):
+                    return await self._stream(request, ledger, body, seed)
+                return await self._whole(ledger, body, seed)
+        except Unpaid as unpaid:
+            ledger.broken(unpaid)
+            return _error(402, str(unpaid), "insufficient_quota")
         except ContextExceeded as problem:
             return _error(400, str(problem), "context_length_exceeded")
         except EndpointFault as fault:

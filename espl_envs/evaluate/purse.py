@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from espl_envs.core.errors import EsplError
+from espl_envs.evaluate.agents import Unpaid
 from espl_envs.evaluate.records import TurnUsage
 
 ROUNDED = 1 - 1e-9          # ten times 0.01 is 0.1
@@ -29,6 +31,7 @@ class Purse:
     def __init__(self, limit: float | None) -> None:
         self.limit, self.spent, self.under_way = limit, 0.0, 0
         self._finished, self._cost = 0, 0.0
+        self._calls = self._asking = 0              # model calls that were paid, and that are under way between replies
         self._changed = asyncio.Event()
 
     @property
@@ -57,6 +60,23 @@ class Purse:
             raise Halted("--max-cost cannot be held: the agent does not say what its calls cost (give --price, and see "
                          "that the server reports its tokens)")
         self.spent += cost or 0.0
+        self._calls += 1
+
+    @asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        """One model call between replies. It begins if all that are under way could cost what calls cost on average
+        and leave some money; before there is an average, FIRST are made. Raises Unpaid when the money is spent."""
+        while not self._affords():
+            if self.empty or not self._asking:
+                raise Unpaid(self.exhausted)
+            self._changed.clear()
+            await self._changed.wait()
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
+            self._changed.set()
 
     def end(self, cost: float | None = None) -> None:
         """An episode is no longer under way; `cost` where it was finished and nothing went wrong."""
@@ -69,6 +89,13 @@ class Purse:
         """An episode counts for the average, one of an earlier session too."""
         self._finished += 1
         self._cost += cost
+
+    def _affords(self) -> bool:
+        if self.limit is None:
+            return True
+        if not self._calls:
+            return self._asking < self.FIRST and not self.empty
+        return self.spent + self._asking * self.spent / self._calls < self.limit * ROUNDED
 
     def _admits(self) -> bool:
         if self.limit is None:
@@ -94,6 +121,6 @@ class Tab:
                 self._paid(call)
                 self._purse.pay(call.cost)
 
-    def refusal(self) -> str:
+    def call(self) -> AbstractAsyncContextManager[None]:
         """See `agents.Tab`."""
-        return self._purse.exhausted if self._purse.empty else ""
+        return self._purse.call()

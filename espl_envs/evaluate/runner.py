@@ -209,8 +209,8 @@ class Runner:
         try:
             async with self.agent.sit(seat) as act:
                 while not play.over:
-                    if refused := tab.refusal():
-                        raise Unpaid(refused)
+                    if self.purse.empty:
+                        raise Unpaid(self.purse.exhausted)
                     asked = time.monotonic()
                     try:
                         reply = await act(play.messages)
