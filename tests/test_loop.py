@@ -298,7 +298,7 @@ def test_the_summary_counts_what_was_played_in_training(model: Path, out: Path, 
 def test_fewer_steps_than_are_done_are_refused(model: Path, out: Path, theatre: Theatre) -> None:
     run(config(model, out))
     played = len(theatre.plays)
-    with pytest.raises(EsplError, match="2 steps are done already in .*: --steps 1"):
+    with pytest.raises(EsplError, match=r"2 steps are done already in .*: --steps 1"):
         resume(out, steps=1)
     assert len(theatre.plays) == played
 
