@@ -122,7 +122,7 @@ def test_a_sample_never_outgrows_the_context(world: World) -> None:
     (sample,) = world.ask(request([3] * (room - 4), max_new=50, stop_ids=()))
     assert len(sample.tokens) == 4 and sample.stop == "length"
     for tokens in ([], [3] * room):
-        with pytest.raises(EngineError):
+        with pytest.raises(EngineError, match=f"prompt of {len(tokens)} tokens does not fit"):
             world.ask(request(tokens))
 
 
