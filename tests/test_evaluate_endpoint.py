@@ -37,7 +37,7 @@ ASKED = Asked("http://here/v1", MODEL, "MY_KEY")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 1.0)
+    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 30.0)
 
 
 def door(server: Server | str, sampling: Sampling | None = None, prices: Prices | None = None, key: str = KEY,
@@ -335,7 +335,10 @@ def test_nobody_there_is_one_sentence() -> None:
     (lambda *_: error(503, "loading"), KEY, "answered HTTP 503: loading, to a first short request, for 1 s"),
     (lambda *_: web.Response(text="Hello, world"), KEY, "answered what cannot be read: it is not JSON"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_before_any_episode(answer: Any, key: str, said: str) -> None:
+def test_what_is_wrong_is_said_before_any_episode(
+    answer: Any, key: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "PREFLIGHT_S", 1.0)
     with serving(answer) as server, pytest.raises(EsplError, match=said) as caught:
         preflight(door(server, key=key, model="toy-modle"))
     assert KEY not in str(caught.value) and "\n" not in str(caught.value)
