@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from espl_envs.core.errors import EsplError, MissingData
-from espl_train import cli, preflight
+from espl_train import __main__, cli, preflight
 from espl_train.runs.summary import Chosen, Score, Summary
 from espl_train.settings.subcommands import COMMANDS
 
@@ -122,6 +122,21 @@ def test_ctrl_c_says_where_the_run_stands_and_how_it_goes_on(trainer: Any, capsy
     code, out, _ = outcome(capsys, "--resume", "run")
     assert code == 0 and "step 3/3" in out and "step 2/3" not in out
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_ctrl_c_while_the_command_line_is_still_being_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Impatient:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "espl_train.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "espl_train.cli")
+    monkeypatch.delattr("espl_train.cli")
+    monkeypatch.setattr(sys, "meta_path", [Impatient(), *sys.meta_path])
+    assert __main__.main() == 130
+    assert capsys.readouterr().err == "\nespl-train: stopped; before anything was written\n"
 
 
 def test_sigterm_does_the_same_with_143(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
