@@ -200,6 +200,17 @@ def test_what_is_not_there_is_one_sentence(
     assert sentence in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("printed", [b"", b"usage: espl-train serve\n"])
+def test_a_description_that_is_none_is_one_sentence(
+    printed: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from espl_envs.evaluate import served
+
+    monkeypatch.setattr(served.subprocess, "run", lambda argv, **_: subprocess.CompletedProcess(argv, 0, printed, b""))
+    assert main(["--env", "espl/Conventions-v0", "--model=-h", "--out", "out"]) == 2
+    assert capsys.readouterr().err == "espl-eval: '-h' is nothing that espl-train serve can describe\n"
+
+
 @pytest.fixture(scope="module")
 def api() -> Iterator[tuple[openai.OpenAI, Server]]:
     """The official client of a server over the bundled model, with a key."""

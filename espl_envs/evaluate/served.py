@@ -175,7 +175,10 @@ def _described(words: Sequence[str]) -> dict[str, Any]:
         raise EsplError(f"espl-train serve --describe gave no answer within {DESCRIBE_S:g} s") from None
     if told.returncode:
         raise EsplError(_complaint(told.stderr, told.returncode))
-    found: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
+    try:
+        found: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise EsplError(f"{words[0]!r} is nothing that espl-train serve can describe") from None
     return found
 
 
