@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from engine_kit import ragged
-from learner_kit import random_groups, tiny_model, tiny_policy
+from learner_kit import related_groups, tiny_model, tiny_policy, tiny_tokenizer
 from test_engines_local import MODELS
+from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from espl_train import compiling
-from espl_train.config import EngineConfig
+from espl_train.config import EngineConfig, LearnerConfig
 from espl_train.engines.kv import KVSlab, slab_for
 from espl_train.engines.local import LocalEngine
 from espl_train.engines.written import Step
+from espl_train.learner.attention import Packed
+from espl_train.learner.policy import Policy
 from espl_train.learner.update import Learner
 
 CAPTURE = torch.compile
@@ -126,22 +130,25 @@ def test_the_layers_that_learn_are_compiled_where_that_is_asked_for(
     policy = tiny_policy()
     Learner(policy, policy.config.model_copy(update={"compile": asked}))
     assert compiled == ["Qwen2DecoderLayer"] * 2 * asked
+    assert Packed.attend._torchdynamo_disable        # its tables are others in every micro-batch
 
 
 @pytest.mark.skipif(not os.environ.get("ESPL_FULL"), reason="capturing a backward pass is slow: ESPL_FULL=1")
-def test_compiled_layers_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, layered = tiny_policy(adapter=0.1), tiny_policy(adapter=0.1)
+def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other micro-batches, packed in other ways, need no other code."""
     original = torch.nn.Module.compile
-    compiled = []
-
-    def compile(module: torch.nn.Module, **settings: Any) -> None:
-        compiled.append(type(module).__name__)
-        original(module, **settings, backend="eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    learners = Learner(plain, plain.config), Learner(layered, layered.config.model_copy(update={"compile": True}))
-    assert len(compiled) == 2 and set(compiled) == {"Qwen2DecoderLayer"}
-    one, other = (learner.update(random_groups(seed=0)) for learner in learners)
-    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5) and one.tokens == other.tokens
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: original(module, **how, backend="eager"))
+    monkeypatch.setattr(compiling, "_missing", lambda _: None)
+    config = LearnerConfig(rank=4, alpha=8)
+    plain, layered = (Policy(tiny_model(num_hidden_layers=1), tiny_tokenizer(), config) for _ in range(2))
+    learners = Learner(plain, config), Learner(layered, config.model_copy(update={"compile": True}))
+    graphs: list[int] = []
+    for step in range(3):
+        for learner in learners:
+            learner.limits = replace(learner.limits, tokens=60)
+        one, other = (learner.update(related_groups(step)) for learner in learners)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5) and one.tokens == other.tokens
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2] > 0
     for name, value in plain.state().items():
         torch.testing.assert_close(value, layered.state()[name], atol=1e-5, rtol=1e-4)

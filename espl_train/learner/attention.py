@@ -83,6 +83,7 @@ class Packed:
         """The same on another device."""
         return type(self)(self.forest, device)
 
+    @torch.compiler.disable       # it would be compiled anew for the tables of every micro-batch
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
         cap: float | None = None, sinks: Tensor | None = None,
