@@ -1,7 +1,8 @@
 """What a CUDA machine makes of it, at the shapes of Qwen2.5-0.5B, 1.5B and Qwen3-4B with random weights, in bf16.
 
 Sampled tokens per second (our engines, bare vLLM with the same adapter and without), seconds from new weights to the
-first token sampled from them, trained tokens per second and MFU, and seconds per whole step against TRL with vLLM.
+first token sampled from them, trained tokens per second and MFU (as it is, and with compiled layers), and seconds per
+whole step against TRL with vLLM.
 Every measurement has a process of its own, so that all of the GPU is its own. Without vLLM (or TRL) what needs it is
 left out and said; what fails or takes too long says why, and the next is measured. MFU is counted on sequences that
 share nothing, over the floating-point operations of LoRA training
@@ -39,6 +40,7 @@ from benchmarks.trainer.models import SHAPES, shaped
 from benchmarks.trainer.process import Failed, Figures, Meter, Side, in_process
 from benchmarks.trainer.sides import CONTEXT, our_trainer, ours, trl
 from benchmarks.trainer.work import Work, conversations
+from espl_train.compiling import missing
 from espl_train.engines.base import Request, Sample
 from espl_train.learner.logprobs import sequence_logprobs
 from espl_train.randomness import derive, generator
@@ -48,7 +50,8 @@ ROUNDS = 3
 COMPARED = 4           # samples whose log-probabilities are compared with the learner's
 LIMIT = 240.0          # seconds that one measurement may take
 NAMES = (
-    "sampling, local engine", "sampling, vllm engine", "sampling, bare vLLM", "learning", "step, ours", "step, TRL",
+    "sampling, local engine", "sampling, vllm engine", "sampling, bare vLLM", "learning", "learning, compiled",
+    "step, ours", "step, TRL",
 )
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}      # dense bf16, SXM
 
@@ -221,6 +224,7 @@ def measurements(work: Work, vllm: bool, with_trl: bool, limit: float) -> Iterat
         (vllm, lambda: in_process(sampling, both, limit=limit)),
         (vllm, lambda: in_process(bare_vllm, work, limit=limit)),
         (True, lambda: in_process(learning, local, limit=limit)),
+        (missing(work.device) is None, lambda: in_process(learning, replace(local, compile=True), limit=limit)),
         (True, lambda: whole_step(ours, both, limit)),
         (with_trl, lambda: whole_step(trl, both, limit)),
     )

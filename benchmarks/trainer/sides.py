@@ -56,6 +56,7 @@ def our_trainer(work: Work) -> Iterator[Any]:
             "rollout.temperature": work.temperature, "evolution.root": work.principles,
             "evolution.max_principles": max(len(work.principles), 1), "learner.rank": work.rank,
             "learner.alpha": work.rank, "learner.learning_rate": work.learning_rate, "learner.normalise": "token_mean",
+            "learner.compile": work.compile,
             "evaluation.every": 0,
         })
         with RunDirectory.create(config) as run:

@@ -45,6 +45,7 @@ class Work:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     vllm: bool = False       # samples for both sides
+    compile: bool = False    # the layers of our learner
 
     @property
     def sequences(self) -> int:
