@@ -16,7 +16,7 @@ from espl_train.config import Config
 from espl_train.learner.update import Learner
 from espl_train.loop import Trainer
 from espl_train.records import RolloutKey
-from espl_train.runs.directory import RunError
+from espl_train.runs.lock import RunError
 from espl_train.runs.metrics import read_lines
 from espl_train.settings import ConfigError, load
 from espl_train.settings.layers import preset_descriptions

@@ -19,7 +19,8 @@ from espl_train.loop import Trainer
 from espl_train.preflight import inspect
 from espl_train.problems import ProblemSets
 from espl_train.runs.console import Console
-from espl_train.runs.directory import RunDirectory, RunError
+from espl_train.runs.directory import RunDirectory
+from espl_train.runs.lock import RunError
 from espl_train.settings import load, override
 
 

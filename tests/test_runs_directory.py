@@ -18,9 +18,10 @@ import pytest
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import Config
-from espl_train.runs import directory
+from espl_train.runs import lock
 from espl_train.runs.checkpoint import CheckpointError
-from espl_train.runs.directory import RunDirectory, RunError, default_path, read_config
+from espl_train.runs.directory import RunDirectory, default_path, read_config
+from espl_train.runs.lock import RunError
 from espl_train.runs.metrics import JsonLines, RunLog, plain, read_lines
 from espl_train.settings import override
 
@@ -222,14 +223,14 @@ def test_whoever_comes_second_to_a_new_directory_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have found it absent; the first one has begun and died before the second one has the lock."""
-    acquire = directory._acquire
+    acquire = lock.acquire
 
     def late(path: Path) -> int:
-        monkeypatch.setattr(directory, "_acquire", acquire)
+        monkeypatch.setattr(lock, "acquire", acquire)
         RunDirectory.create(config(tmp_path / "run", seed=1)).close()
         return acquire(path)
 
-    monkeypatch.setattr(directory, "_acquire", late)
+    monkeypatch.setattr(lock, "acquire", late)
     with pytest.raises(RunError, match="seed: 1 there, 2 here"):
         RunDirectory.create(config(tmp_path / "run", seed=2))
     assert read_config(tmp_path / "run").seed == 1
@@ -239,19 +240,19 @@ def test_whoever_comes_second_to_a_new_directory_changes_nothing(
 def test_a_lock_in_a_directory_that_was_just_removed_locks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lockf, run = directory.fcntl.lockf, RunDirectory.create(config(tmp_path / "run"))
+    lockf, run = lock.fcntl.lockf, RunDirectory.create(config(tmp_path / "run"))
 
     def slow(handle: int, how: int) -> None:
-        monkeypatch.setattr(directory.fcntl, "lockf", lockf)
+        monkeypatch.setattr(lock.fcntl, "lockf", lockf)
         run.abandon()
         (tmp_path / "run").mkdir()
         lockf(handle, how)
 
-    monkeypatch.setattr(directory.fcntl, "lockf", slow)
-    directory._held.clear()                                 # as in another process
-    handle = directory._acquire(tmp_path / "run")
-    assert directory._is(handle, tmp_path / "run" / ".lock")
-    directory._release(tmp_path / "run", handle)
+    monkeypatch.setattr(lock.fcntl, "lockf", slow)
+    lock._held.clear()                                 # as in another process
+    handle = lock.acquire(tmp_path / "run")
+    assert lock._is(handle, tmp_path / "run" / ".lock")
+    lock.release(tmp_path / "run", handle)
 
 
 def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_a_run_directory_that_is_not_as_it_should_be_is_a_sentence(name: str, tm
         path.mkdir()
     with pytest.raises(EsplError, match=name):
         RunDirectory.open(tmp_path / "run")
-    assert not directory._held
+    assert not lock._held
 
 
 def test_one_process_does_not_open_a_run_twice(tmp_path: Path) -> None:

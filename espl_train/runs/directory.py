@@ -8,26 +8,22 @@ that was killed and resumed leaves the same files as one that was not (but for s
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import gzip
 import json
-import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
-from espl_envs.core.errors import EsplError
 from espl_train import disk
 from espl_train.config import Config
 from espl_train.runs import checkpoint
+from espl_train.runs.lock import LOCK, RunError, acquire, locked, release
 from espl_train.runs.metrics import RunLog, TensorBoard, plain, read_lines
 from espl_train.settings import differences, from_toml, override, to_toml
 from espl_train.settings.options import options
@@ -39,14 +35,7 @@ HARMLESS = (
     *("evolution.reflector", "reflection.*"),
 )
 BOOKKEEPING = "run"
-CONFIG, LOCK, CHECKPOINTS, METRICS = "config.toml", ".lock", "checkpoints", "metrics.jsonl"
-
-
-class RunError(EsplError):
-    """A run directory that cannot be used as asked."""
-
-
-_held: set[Path] = set()
+CONFIG, CHECKPOINTS, METRICS = "config.toml", "checkpoints", "metrics.jsonl"
 
 
 class RunDirectory:
@@ -72,7 +61,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"The run directory {path} cannot be made: {error.strerror}.") from None
-        with _locked(path) as lock:
+        with locked(path) as lock:
             _refuse_other(path, config)            # another start may have been quicker
             disk.write(path / CONFIG, _header(config).encode() + to_toml(config).encode())
             run = cls(path, config, lock, warn)
@@ -85,7 +74,7 @@ class RunDirectory:
     ) -> Self:
         """An existing run, to be continued with its own configuration; only harmless options may be overridden."""
         read_config(path)
-        with _locked(path) as lock:
+        with locked(path) as lock:
             stored = read_config(path)             # as the last owner left it
             config = continued(path, stored, overrides or {})
             if config != stored:
@@ -178,7 +167,7 @@ class RunDirectory:
         if self._lock is None:
             return
         self.log.close()
-        _release(self.path, self._lock)
+        release(self.path, self._lock)
         self._lock = None
 
     def __enter__(self) -> Self:
@@ -259,18 +248,18 @@ def refuse_taken(path: Path, config: Config) -> None:
     if not path.is_dir():
         raise RunError(f"{path} is a file: choose another --out.")
     if (path / CONFIG).exists():
-        lock = _acquire(path)                       # whoever is at work there is told of first
+        lock = acquire(path)                       # whoever is at work there is told of first
         try:
             _refuse_other(path, config)
         finally:
-            _release(path, lock)
+            release(path, lock)
     elif any(p.name != LOCK and not p.name.startswith(disk.WRITING) for p in path.iterdir()):
         raise RunError(f"{path} is not empty and is no run directory: choose another --out.")
 
 
 def refuse_busy(path: Path) -> None:
     """Raises RunError where another process is at work in the run directory `path`."""
-    _release(path, _acquire(path))
+    release(path, acquire(path))
 
 
 def _refuse_other(path: Path, config: Config) -> None:
@@ -295,56 +284,3 @@ def _header(config: Config) -> str:
 
 def _record(item: Any) -> Any:
     return plain(dataclasses.asdict(item) if dataclasses.is_dataclass(item) and not isinstance(item, type) else item)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The directory is this process's until the lock is released, or by itself again where the block fails."""
-    lock = _acquire(path)
-    try:
-        yield lock
-    except BaseException:
-        _release(path, lock)
-        raise
-
-
-def _acquire(path: Path) -> int:
-    """Lock the directory for this process. The kernel gives it free when the process dies, however it dies."""
-    path = path.resolve()
-    if path in _held:
-        raise RunError(f"{path} is in use by this very process.")
-    while True:
-        try:
-            handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunError(f"The run directory {path} cannot be used: {LOCK}: {error.strerror}.") from None
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(handle, 64, 0).decode("ascii", "replace").strip()
-            os.close(handle)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise RunError(f"The run directory {path} cannot be locked: {error.strerror}.") from None
-            raise RunError(
-                f"{path} is in use by another espl-train (process {owner or 'unknown'}): wait for it or stop it."
-            ) from None
-        if _is(handle, path / LOCK):
-            break
-        os.close(handle)                # of a run that was abandoned, and its directory removed, just now
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    _held.add(path)
-    return handle
-
-
-def _is(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _release(path: Path, handle: int) -> None:
-    _held.discard(path.resolve())
-    with contextlib.suppress(OSError):
-        os.close(handle)
