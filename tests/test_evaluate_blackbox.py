@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -177,8 +179,13 @@ def test_the_money_of_the_evaluation_is_kept_within_a_program_too(tmp_path: Path
     assert episode.score == 1.0 and len(episode.turns) == 5
 
 
-def test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_short(tmp_path: Path) -> None:
-    """Twenty threads, calls of 11 each, and 60 to spend: the sixth may go beyond the limit, and no other is made."""
+def test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty threads, calls of 11 each, and 60 to spend: the sixth may go beyond the limit, and no other is made.
+
+    No reply comes before all twenty have asked, so that the calls are made at once however slow the machine is.
+    """
     hasty = """
         import threading
         def ask():
@@ -188,12 +195,19 @@ def test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_s
         [one.start() for one in threads]
         [one.join() for one in threads]
     """
+    asked, all_asked, call = itertools.count(1), threading.Event(), Purse.call
 
-    async def slow(body: dict[str, Any]) -> Any:
-        await asyncio.sleep(0.05)
+    def counted(purse: Purse) -> Any:
+        if next(asked) == 20:
+            all_asked.set()
+        return call(purse)
+
+    async def held(body: dict[str, Any]) -> Any:
+        assert await asyncio.to_thread(all_asked.wait, 60), "twenty threads did not ask"
         return sum_in(body["messages"])
 
-    with serving(after_hello(lambda body, _: slow(body))) as server:
+    monkeypatch.setattr(Purse, "call", counted)
+    with serving(after_hello(lambda body, _: held(body))) as server:
         door = doors.choose(
             Wanted(command=program(tmp_path, hasty), base_url=server.url, model=MODEL, prices=Prices(1e6, 0))
         )
@@ -208,8 +222,8 @@ def test_the_mutant_that_asks_only_whether_money_is_left_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Purse, "_affords", lambda purse: not purse.empty)
-    with pytest.raises(AssertionError):
-        test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_short(tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):         # all twenty were made: none was refused
+        test_calls_that_a_program_makes_at_once_wait_for_each_other_where_money_is_short(tmp_path, monkeypatch)
 
 
 def test_a_program_is_told_that_the_money_is_spent() -> None:
