@@ -106,7 +106,7 @@ def _dry_run(request: Request, ranks: Ranks) -> int:
 
 
 def _run(request: Request, ranks: Ranks) -> int:
-    from espl_train.preflight import inspect
+    from espl_train.preflight import inspect, settled
     from espl_train.runs.directory import RunDirectory, continued, read_config
     from espl_train.settings import load
 
@@ -118,7 +118,7 @@ def _run(request: Request, ranks: Ranks) -> int:
     config = load(request.presets, request.config, request.overrides)
     plan = inspect(config)
     ranks.check(config)
-    with RunDirectory.create(config) as run:
+    with RunDirectory.create(settled(config)) as run:
         return _guarded(run, request, ranks, plan)
 
 

@@ -41,6 +41,13 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows)
 
 
+def settled(config: Config) -> Config:
+    """`config` with what this machine decides written down: a run keeps its precision wherever it goes on."""
+    from espl_train.learner.loading import precision
+
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": precision(config.model)})})
+
+
 def inspect(config: Config, run: Path | None = None, dry: bool = False) -> Plan:
     """Check `config` against the run directory, the installed environments, the data, the model and the sandbox. Raises
     EsplError for what is missing, and builds the sandbox image where a run needs one and there is none (`dry`: says
@@ -125,7 +132,7 @@ def _settings(config: Config) -> Any:
 
 def _model(config: Config, settings: Any, tokenizer: Any, templates: TemplateSet) -> Iterator[tuple[str, str]]:
     from espl_train.engines import choice
-    from espl_train.learner.loading import pick_device
+    from espl_train.learner.loading import pick_device, precision
     from espl_train.overlap import check as check_overlap
 
     device = pick_device(config.model.device)
@@ -137,7 +144,7 @@ def _model(config: Config, settings: Any, tokenizer: Any, templates: TemplateSet
             "in all; lower it or take a model with a longer context"
         )
     kind = getattr(settings, "model_type", "unknown")
-    yield "model", f"{config.model.path} ({kind}, {config.model.dtype}, {device})"
+    yield "model", f"{config.model.path} ({kind}, {precision(config.model)}, {device})"
     yield "tokens", f"a vocabulary of {len(tokenizer):,}, a context of {room:,}"
     yield "engine", engine
     if config.evolution.writer == "placebo":

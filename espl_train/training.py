@@ -34,7 +34,7 @@ def train(config: Config, console: Console | None = None) -> Summary:
     Raises EsplError for what can be put right: before anything is written, where that can be known.
     """
     plan = preflight.inspect(config)
-    return _shown(RunDirectory.create(config), console, plan)
+    return _shown(RunDirectory.create(preflight.settled(config)), console, plan)
 
 
 def resume(folder: Path, overrides: Mapping[str, Any] | None = None, console: Console | None = None) -> Summary:

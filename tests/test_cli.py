@@ -192,6 +192,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_begins_again_as_it_was(
     assert ended == code and again in err
     ended, out, _ = outcome(capsys, "--resume", "run")
     assert ended == 0 and "step 1/3" in out and "step 3/3" in out and "seed = 5" in Path("run/config.toml").read_text()
+    assert 'dtype = "float32"' in Path("run/config.toml").read_text(), "what this machine chose is written down"
     assert Path("run/events.jsonl").read_text() == ""
 
 

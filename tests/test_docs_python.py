@@ -61,6 +61,7 @@ def test_a_run_is_trained_continued_and_read(
     run = tmp_path / "runs" / "mine"
     assert [record["step"] for record in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
     assert (run / "best_prompt.txt").is_file()
+    assert 'dtype = "float32"' in (run / "config.toml").read_text("utf-8"), "what this machine chose is written down"
 
 
 def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,8 @@ def policy() -> Iterator[Policy]:
     yield tiny_policy(0.1)
 
 
-def begun(twin: Twin) -> Probe:
-    probe = Probe(twin.policy)
+def begun(twin: Twin, rounding: float | None = None) -> Probe:
+    probe = Probe(twin.policy, rounding)
     probe.begin(twin)
     return probe
 
@@ -164,7 +164,7 @@ def test_rounding_is_not_taken_for_a_fault(policy: Policy) -> None:
     probe.prove(twin, version)                 # nobody could see whether this arrived
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.05), ("float16", 0.02)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02), ("float16", 0.02)])
 def test_what_counts_as_rounding_is_a_matter_of_the_dtype(dtype: str, bound: float) -> None:
     policy = Policy(tiny_model(dtype=getattr(torch, dtype)), tiny_tokenizer(), LearnerConfig(rank=4))
     for share, believed in ((0.8, True), (1.3, False)):
@@ -174,6 +174,16 @@ def test_what_counts_as_rounding_is_a_matter_of_the_dtype(dtype: str, bound: flo
         else:
             with pytest.raises(EngineError, match=f"at most {bound:g} is rounding"):
                 begun(twin)
+
+
+def test_a_model_that_rounds_more_may_be_believed_when_asked_to(policy: Policy) -> None:
+    twin = Twin(policy, noise=0.01)
+    with pytest.raises(EngineError, match=r"where this model rounds more than that, raise --engine\.rounding"):
+        begun(twin)
+    probe = begun(twin, 0.03)
+    probe.prove(twin, 0)
+    with pytest.raises(EngineError, match=r"at most 0\.03 is rounding"):
+        begun(Twin(policy, noise=0.1), 0.03)
 
 
 def test_what_was_proven_is_proven_again_without_the_learner(policy: Policy) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from learner_kit import tiny_folder
 
 from espl_envs.core.errors import EsplError
 from espl_train.config import LearnerConfig, ModelConfig
+from espl_train.learner import loading
 from espl_train.learner.loading import load_model, load_tokenizer, locate, pick_device
 from espl_train.learner.policy import Policy
 
@@ -61,6 +64,31 @@ def test_dtype_and_template_survive(tmp_path):
     config = ModelConfig(path=str(tiny_folder(tmp_path)), dtype="bfloat16", device="cpu")
     assert next(load_model(config).parameters()).dtype == torch.bfloat16
     assert load_tokenizer(config).apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False) == "w3"
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "computes", "expected"),
+    [
+        ("bfloat16", "cuda", True, "bfloat16"),
+        ("float16", "cuda", True, "bfloat16"),
+        ("float32", "cuda", True, "float32"),           # nothing is rounded that was stored exactly
+        ("bfloat16", "cuda", False, "float32"),
+        ("bfloat16", "cpu", True, "float32"),
+    ],
+)
+def test_what_is_stored_in_half_precision_is_computed_so_where_that_is_fast(
+    tmp_path, monkeypatch, stored, device, computes, expected
+):
+    folder = tiny_folder(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": stored}))
+    monkeypatch.setattr(loading, "pick_device", lambda _: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: computes)
+    config = ModelConfig(path=str(folder))
+    assert loading.precision(config) == expected == loading.identity(config)["dtype"]
+    assert {p.dtype for p in loading.blank_model(config).parameters()} == {getattr(torch, expected)}
+    assert loading.precision(ModelConfig(path=str(folder), dtype="float32")) == "float32"
+    assert loading.precision(ModelConfig()) == "float32", "the bundled model, which comes in bfloat16"
 
 
 def test_the_model_names_its_template_set_in_config_or_card_and_exports_keep_it(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from espl_envs.core.errors import EsplError
 from espl_train.config import Config
 from espl_train.engines.base import Engine
-from espl_train.learner.loading import context_length, pick_device
+from espl_train.learner.loading import context_length, pick_device, precision
 from espl_train.learner.policy import Policy
 
 GIB = 2**30
@@ -129,4 +129,4 @@ def _bytes_per_token(config: Config, settings: Any) -> int:
     text = settings.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * getattr(torch, config.model.dtype).itemsize
+    return 2 * text.num_hidden_layers * heads * width * getattr(torch, precision(config.model)).itemsize

@@ -99,7 +99,7 @@ class VllmEngine:
         self._adapter: Adapter | None = None               # what is served and proven
         self._state = -1                                   # of the weights that it was written from
         self._adapters = AdapterStore(size=4 * sum(p.numel() for p in policy.trainable_parameters().values()))
-        self._probe = Probe(policy)
+        self._probe = Probe(policy, config.rounding)
         self._witness = _Witness(self._do_with_core)
         self._thread = threading.Thread(target=self._work, name="espl-vllm", daemon=True)
         self._thread.start()

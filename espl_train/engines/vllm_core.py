@@ -26,6 +26,7 @@ from espl_envs.core.errors import EsplError, MissingExtra
 from espl_train.config import EngineConfig, ModelConfig
 from espl_train.engines.adapters import Adapter
 from espl_train.engines.base import EngineError, Request, Sample
+from espl_train.learner.loading import precision
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SETTINGS = {
@@ -98,7 +99,7 @@ class Core:
         return {
             "model": model,
             "revision": settings.revision,
-            "dtype": settings.dtype,
+            "dtype": precision(settings),
             "skip_tokenizer_init": True,
             "generation_config": "vllm",                # the model's own would change how it is sampled
             "max_model_len": context,

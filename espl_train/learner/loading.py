@@ -10,7 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -51,6 +51,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def precision(config: ModelConfig) -> Literal["float32", "bfloat16"]:
+    """The dtype of the base weights. `auto` is bfloat16 for a model that comes in half precision, on a GPU that has it,
+    and float32 elsewhere: most CPUs are slower in bfloat16, and the bundled model is tuned in float32.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    if pick_device(config.device).type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float32"
+    from transformers import AutoConfig
+
+    source = locate(config.path)
+    settings = _explained(config, AutoConfig.from_pretrained, source, revision=config.revision).get_text_config()
+    half = settings.dtype in (torch.bfloat16, torch.float16) and source != str(MICRO)
+    return "bfloat16" if half else "float32"
+
+
 def use_threads(count: int) -> None:
     """Give torch `count` CPU threads; 0 = OMP_NUM_THREADS where set, else the cores this process may use."""
     if not count and hasattr(os, "sched_getaffinity") and not os.environ.get("OMP_NUM_THREADS"):
@@ -66,7 +82,7 @@ def load_model(config: ModelConfig) -> nn.Module:
 
     disable_progress_bar()
     source = locate(config.path)
-    options = {"revision": config.revision, "dtype": getattr(torch, config.dtype)}
+    options = {"revision": config.revision, "dtype": getattr(torch, precision(config))}
     model: Any = _explained(config, AutoModelForCausalLM.from_pretrained, source, **options)
     model.config.espl_templates = template_set(config, model.config)
     return model.to(pick_device(config.device)).eval()
@@ -78,7 +94,7 @@ def blank_model(config: ModelConfig) -> Any:
 
     settings = _explained(config, AutoConfig.from_pretrained, locate(config.path), revision=config.revision)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
+        model: Any = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, precision(config)))
     model.config.espl_templates = template_set(config, model.config)
     return model.eval()
 
@@ -111,7 +127,7 @@ def template_set(config: ModelConfig, settings: Any) -> str:
 def identity(config: ModelConfig) -> dict[str, str | None]:
     """Which weights a model's name stands for today: the commit on the hub, or the fingerprint of a folder."""
     source = locate(config.path)
-    known: dict[str, str | None] = {"path": config.path, "revision": config.revision, "dtype": config.dtype}
+    known: dict[str, str | None] = {"path": config.path, "revision": config.revision, "dtype": precision(config)}
     if Path(source).is_dir():
         return {**known, "commit": None, "fingerprint": _fingerprint(Path(source))}
     from transformers import AutoConfig

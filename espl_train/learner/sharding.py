@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from espl_envs.core.errors import EsplError
 from espl_train.config import LearnerConfig, ModelConfig
 from espl_train.learner import norms
-from espl_train.learner.loading import blank_model, load_model, load_tokenizer, use_threads
+from espl_train.learner.loading import blank_model, load_model, load_tokenizer, precision, use_threads
 from espl_train.learner.policy import Policy, draw_adapter
 from espl_train.learner.ranks import whole
 
@@ -73,7 +73,8 @@ class ShardedPolicy(Policy):
         """The policy at version 0. Raises EsplError where the model is not there or cannot hold a conversation."""
         use_threads(settings.threads)
         tokenizer, model = load_tokenizer(settings), blank_model(settings)
-        source = None if team.place.rank else load_model(settings.model_copy(update={"device": "cpu"}))
+        on_cpu = settings.model_copy(update={"device": "cpu", "dtype": precision(settings)})
+        source = None if team.place.rank else load_model(on_cpu)
         team.channel.exchange(None)          # reading takes as long as it takes: nobody waits in a collective meanwhile
         return cls(model, tokenizer, config, settings, team, source, seed)
 

@@ -30,6 +30,7 @@ from espl_train.settings.options import options
 
 HARMLESS = (
     *("steps", "budget_rollouts", "keep_checkpoints", "tensorboard", "overlap", "model.device", "model.threads"),
+    *("engine.rounding",),
     *("learner.parallel", "learner.rank_timeout"),
     *("sandbox.max_live", "sandbox.warm", "sandbox.lease_timeout"),
     *("evolution.reflector", "reflection.*"),
