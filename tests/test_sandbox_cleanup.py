@@ -129,6 +129,29 @@ def test_a_forked_child_lets_go_of_the_streams() -> None:
         os.waitpid(child, 0)
 
 
+@linux
+def test_a_forked_child_dies_of_a_signal_whatever_it_waits_for() -> None:
+    """With a handler in Python it lives on, should the signal come just before it begins to wait for a lock."""
+    done = dying("""
+assert cleanup.catch_signals()
+def fork():
+    child = os.fork()
+    if child == 0:
+        print(*(signal.getsignal(getattr(signal, name)) is signal.SIG_DFL for name in cleanup.SIGNALS), flush=True)
+        assert cleanup.catch_signals(), "boxes of its own are removed again"
+        print(*(signal.getsignal(getattr(signal, name)) is cleanup._ended_by for name in cleanup.SIGNALS), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+fork()
+thread = threading.Thread(target=fork)
+thread.start()
+thread.join()
+print(signal.getsignal(signal.SIGTERM) is cleanup._ended_by)
+""")
+    yes = " ".join(["True"] * len(cleanup.SIGNALS)) + "\n"
+    assert (done.stdout, done.stderr) == (yes * 4 + "True\nremoved box\n", "")
+
+
 def dying(program: str) -> subprocess.CompletedProcess[str]:
     start = """
 import os, signal, sys, threading

@@ -172,7 +172,12 @@ def _ended_by(number: int, _frame: FrameType | None) -> None:
 
 def _after_fork() -> None:
     """In a forked child the boxes are the parent's. Descriptors are replaced, not closed: objects of the parent that
-    the child still holds will close these numbers, which must not be somebody else's by then."""
+    the child still holds will close these numbers, which must not be somebody else's by then. Signals end the child as
+    they did before: a handler waits for the interpreter, and a child that waits for a lock would outlive SIGTERM, and
+    whoever sent it (`multiprocessing.Pool` does) would wait for ever."""
+    for number in (getattr(signal, name, None) for name in SIGNALS):
+        if number is not None and signal.getsignal(number) is _ended_by:
+            signal.signal(number, signal.SIG_DFL)       # whoever forks is the main thread of the child
     streams = [descriptor for _, descriptor in _live.values() if descriptor is not None]
     _live.clear()
     if streams:
