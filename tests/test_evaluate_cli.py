@@ -306,13 +306,13 @@ def test_a_module_that_exits_is_no_silent_success(capsys: pytest.CaptureFixture[
 def test_a_key_that_an_agent_says_or_raises_is_in_no_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = 'sk-live/01234"56789'
+    key = 'sk-live/hunter"corvid'
     monkeypatch.setenv("OPENAI_API_KEY", key)
     Path("leaks.py").write_text(LEAKS)
     assert evaluate(agent="leaks.py:agent") == 0
     shown, rows = capsys.readouterr(), lines(Path("run"))
     said = shown.out + shown.err + "".join(file.read_text() for file in Path("run").iterdir())
-    for form in ("sk-live", "01234", "56789", base64.b64encode(key.encode()).decode()[:12]):
+    for form in ("sk-live", "hunter", "corvid", base64.b64encode(key.encode()).decode()[:12]):
         assert form not in said
     assert said.count("[key]") >= 20
     assert {row["outcome"] for row in rows} == {"answered", "agent_error"}
