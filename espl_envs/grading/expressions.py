@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from espl_envs.core.cursor import Cursor
+
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 40
 MAX_DIGITS = 60
@@ -46,10 +48,9 @@ def evaluate(text: str, algebra: Algebra) -> Any:
     """The value of an expression. Raises ValueError, with the reason, for what is none or has none."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the expression has {len(text)} characters, at most {MAX_CHARACTERS} are allowed")
-    parser = _Parser(_tokens(text), algebra)
+    parser = _Parser(_spelt(text), algebra)
     value = parser.total(0)
-    if parser.peek():
-        raise ValueError(f"unexpected {parser.peek()!r} after the expression")
+    parser.finish()
     return value
 
 
@@ -70,38 +71,17 @@ def _small(value: Fraction) -> Fraction:
     return value
 
 
-def _tokens(text: str) -> list[str]:
+def _spelt(text: str) -> str:
     text = _COMMAND.sub(lambda match: _COMMANDS.get(match.group(), " "), text)
-    text = "".join(_SPELLINGS.get(character, character) for character in text)
-    tokens, at, end = [], 0, len(text.rstrip())
-    while at < end:
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise ValueError(f"cannot read {text[at:].strip()[:12]!r}")
-        tokens.append(match.group().strip())
-        at = match.end()
-    return tokens
+    return "".join(_SPELLINGS.get(character, character) for character in text)
 
 
-class _Parser:
+class _Parser(Cursor):
     """Recursive descent: total = product ((+|-) product)*, product = power ((*|/) power)*, power = factor (** n)?."""
 
-    def __init__(self, tokens: list[str], algebra: Algebra) -> None:
-        self.tokens = tokens
+    def __init__(self, text: str, algebra: Algebra) -> None:
+        super().__init__(text, _TOKEN)
         self.algebra = algebra
-        self.at = 0
-
-    def peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
-
-    def take(self, expected: str = "") -> str:
-        token = self.peek()
-        if not token:
-            raise ValueError(f"the expression ends too early{f', expected {expected!r}' if expected else ''}")
-        if expected and token != expected:
-            raise ValueError(f"unexpected {token!r}, expected {expected!r}")
-        self.at += 1
-        return token
 
     def total(self, depth: int) -> Any:
         value = self.product(depth)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from espl_envs.core.cursor import Cursor
 from espl_envs.core.messages import ToolSpec
 from espl_envs.tools.base import ToolContext, ToolError, ToolResult, tool_spec
 
@@ -41,42 +42,14 @@ def evaluate(expression: str) -> int:
     """The value of an integer expression. Raises ValueError, with the reason, for anything else."""
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"the expression has {len(expression)} characters, at most {MAX_CHARACTERS} are allowed")
-    parser = _Parser(_tokens(expression))
+    parser = _Parser(expression, TOKEN, ": only integers, + - * ( ) max min abs")
     value = parser.total(0)
-    if parser.peek():
-        raise ValueError(f"unexpected {parser.peek()!r} after the expression")
+    parser.finish()
     return value
 
 
-def _tokens(expression: str) -> list[str]:
-    tokens, at, end = [], 0, len(expression.rstrip())
-    while at < end:
-        match = TOKEN.match(expression, at)
-        if match is None:
-            raise ValueError(f"cannot read {expression[at:].strip()[:12]!r}: only integers, + - * ( ) max min abs")
-        tokens.append(match.group().strip())
-        at = match.end()
-    return tokens
-
-
-class _Parser:
+class _Parser(Cursor):
     """Recursive descent: total = product ((+|-) product)*, product = factor (* factor)*."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.at = 0
-
-    def peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
-
-    def take(self, expected: str = "") -> str:
-        token = self.peek()
-        if not token:
-            raise ValueError(f"the expression ends too early{f', expected {expected!r}' if expected else ''}")
-        if expected and token != expected:
-            raise ValueError(f"unexpected {token!r}, expected {expected!r}")
-        self.at += 1
-        return token
 
     def total(self, depth: int) -> int:
         value = self.product(depth)
