@@ -14,10 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-# What ESPL_REQUIRE names is never skipped; vLLM is required of the second environment, the rest of the first.
+# What ESPL_REQUIRE names is never skipped; vLLM and Ray are required of the second environment, the rest of the first.
 COMMA := ,
 REQUIRED := $(subst $(COMMA), ,$(ESPL_REQUIRE))
-SECOND := $(or $(filter vllm,$(REQUIRED)),$(wildcard $(VLLM_VENV)/.ready))
+SECOND := $(or $(filter vllm ray,$(REQUIRED)),$(wildcard $(VLLM_VENV)/.ready))
 SUITES := openenv verifiers
 GUESTS := $(sort $(filter $(SUITES),$(REQUIRED)) $(foreach suite,$(SUITES),$(if $(wildcard .venv-$(suite)/.ready),$(suite))))
 
@@ -31,11 +31,11 @@ test: test-main
 	$(if $(SECOND),@$(MAKE) --no-print-directory test-vllm)
 
 test-main: lint
-	ESPL_REQUIRE=$(subst $() ,$(COMMA),$(filter-out vllm $(SUITES),$(REQUIRED))) \
+	ESPL_REQUIRE=$(subst $() ,$(COMMA),$(filter-out vllm ray $(SUITES),$(REQUIRED))) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-vllm: vllm
-	ESPL_REQUIRE=vllm OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	ESPL_REQUIRE=vllm,ray OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_engines_*.py tests/test_evaluate_vllm.py
 
 lint: $(VENV)/.dev

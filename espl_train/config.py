@@ -107,10 +107,13 @@ class EngineConfig(Section):
         None, description="gigabytes for keys and values; default: a quarter of the memory (vllm: rest of gpu_memory)"
     )
     deterministic: bool = Field(
-        True, description="admit requests at reproducible moments: same seed, same bits (vllm: on a CPU)"
+        True, description="admit requests at reproducible moments: same seed, same bits (vllm: one, on a CPU)"
     )
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="vllm: share of the GPU for its copy of the weights, keys and values"
+    replicas: int = Field(
+        0, ge=0, description="vllm: engines in Ray actors, one GPU each, beside the learner's; 0: in this process"
+    )
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="vllm: share of a GPU for its weights, keys and values; default: 0.5, of a replica's own 0.9"
     )
     compile: bool = Field(
         False, description="local: compile the step of decoding, which takes a minute or more; no gain on CPUs"

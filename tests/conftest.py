@@ -1,7 +1,7 @@
 """Shared fixtures: where the real task data lies, a Docker daemon with our images, a fixed environment for every test.
 
-What a machine lacks is a skip with a reason; named in ESPL_REQUIRE (data, docker, vllm, browser; commas between), a
-failure.
+What a machine lacks is a skip with a reason; named in ESPL_REQUIRE (data, docker, vllm, ray, browser; commas between),
+a failure.
 """
 
 from __future__ import annotations
@@ -75,6 +75,18 @@ def shared_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     import vllm_kit
 
     shared = vllm_kit.Shared(tmp_path_factory.mktemp("vllm") / "model")
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="session")
+def shared_replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two replicas of vLLM in Ray actors, see `vllm_kit.Shared`."""
+    if find_spec("vllm") is None or find_spec("ray") is None:
+        lacking("ray", "vLLM and Ray are not installed here: `make vllm` sets up an environment that has them")
+    import vllm_kit
+
+    shared = vllm_kit.Shared(tmp_path_factory.mktemp("replicas") / "model", replicas=2)
     yield shared
     shared.close()
 

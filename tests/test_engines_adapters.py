@@ -12,7 +12,8 @@ import pytest
 
 from espl_train import disk
 from espl_train.engines import adapters
-from espl_train.engines.adapters import LOCK, PREFIX, AdapterStore
+from espl_train.engines.adapters import PREFIX, AdapterStore
+from espl_train.engines.scratch import LOCK
 
 
 def write(folder: Path) -> None:

@@ -22,10 +22,13 @@ WORLDS: dict[str, Callable[[], World]] = {
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=[*WORLDS, pytest.param("vllm", marks=pytest.mark.vllm)])
+SHARED = {"vllm": "shared_vllm", "vllm-replicas": "shared_replicas"}
+
+
+@pytest.fixture(params=[*WORLDS, *(pytest.param(name, marks=pytest.mark.vllm) for name in SHARED)])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    if request.param == "vllm":
-        yield request.getfixturevalue("shared_vllm").world()
+    if request.param in SHARED:
+        yield request.getfixturevalue(SHARED[request.param]).world()
         return
     made = WORLDS[request.param]()
     yield made

@@ -11,8 +11,8 @@ import torch
 
 from espl_train.config import Config, EngineConfig
 from espl_train.engines import choice, vllm_core
-from espl_train.engines.vllm import let_go
 from espl_train.engines.vllm_core import Core
+from espl_train.engines.vllm_server import let_go
 
 
 class Recorder:

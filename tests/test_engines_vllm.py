@@ -111,7 +111,7 @@ def test_a_version_that_does_not_arrive_is_not_served(
 
 
 def test_an_adapter_under_a_known_name_is_found_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.engine._do_with_core(vllm_core.Core.unload)
+    world.engine._servers[0].do(vllm_core.Core.unload)
     reuse_name_and_id(monkeypatch)
     world.engine.load_policy(trained(world.policy))              # id 1 is new here
     with pytest.raises(EngineError, match="they are those of policy 1"):
@@ -172,7 +172,7 @@ def test_a_short_turn_never_waits_for_a_long_one(world: World) -> None:
 
 
 def test_a_shared_prefix_is_computed_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = world.engine._core._engine.engine_core.engine_core.scheduler
+    scheduler = world.engine._servers[0].core._engine.engine_core.engine_core.scheduler
     schedule, computed = scheduler.schedule, []
     monkeypatch.setattr(scheduler, "schedule", lambda *given: count(schedule(*given)))
 
@@ -217,25 +217,25 @@ def test_cancelled_requests_are_aborted(world: World) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await world.engine.sample(request(max_new=1))
-        assert not world.engine._running
+        assert not world.engine._servers[0]._running
 
     asyncio.run(everything())
-    assert not world.engine._core._engine.has_unfinished_requests()
+    assert not world.engine._servers[0].core._engine.has_unfinished_requests()
 
 
 def test_an_engine_that_breaks_is_built_again_and_proven(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(max_new=8, stop_ids=())
     (before,) = world.ask(asked)
-    broken = world.engine._core
+    broken = world.engine._servers[0].core
 
-    def step() -> None:
+    def step(*_: Any) -> None:
         raise RuntimeError("CUDA error: out of luck")
 
     monkeypatch.setattr(broken, "step", step)
     with pytest.raises(EngineError, match="out of luck"):
         world.ask(asked)
     assert world.ask(asked)[0].tokens == before.tokens
-    assert world.engine._core is not broken
+    assert world.engine._servers[0].core is not broken
 
 
 def test_what_was_put_to_sleep_is_proven_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         engine = Shared(Path(folder)).start()
-    (process,) = engine._core._engine.engine_core.resources.engine_manager.processes
+    (process,) = engine._servers[0].core._engine.engine_core.resources.engine_manager.processes
     print(process.pid, flush=True)
     time.sleep(600)
 """

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_model import hub_model
 from loop_kit import SMALL, deal
 
 from espl_envs.core.errors import EsplError
 from espl_envs.core.tasks import Task
 from espl_train import archipelago
-from espl_train.config import Config
+from espl_train.config import Config, EngineConfig
 from espl_train.evolution.guards import Leaks
 from espl_train.loop import Trainer
 from espl_train.preflight import inspect
@@ -199,6 +201,38 @@ def test_the_engine_stands_in_the_plan(model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(choice, "_vllm_build", lambda: "0.32.0")
     with pytest.raises(EsplError, match=r"the installed vLLM \(0.32.0\) is built for GPUs"):
         plan(model, engine__kind="vllm")
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_replicas_are_planned_where_there_is_room_for_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from espl_train.engines import choice, vllm_core
+
+    with pytest.raises(EsplError, match=r"engine.replicas is 2, but the local engine shares .*take --engine vllm"):
+        plan(model, engine__replicas=2)
+    monkeypatch.setattr(choice, "find_spec", lambda _: None)
+    with pytest.raises(EsplError, match=r"engine.replicas = 2 needs the extra 'ray': pip install 'espl\[ray\]'"):
+        plan(model, engine__kind="vllm", engine__replicas=2)
+    monkeypatch.setattr(choice, "find_spec", lambda _: True)
+    said = plan(model, engine__kind="vllm", engine__replicas=2, engine__slots=7)["engine"]
+    assert said == "vllm, 2 in Ray actors, each 7 sequences at once"
+    monkeypatch.setattr(choice, "pick_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = Config(engine=EngineConfig(kind="vllm", replicas=2))
+    for visible, learners, problems in (
+        ("0,1,2", "1", []), ("0,1", "1", ["there are 1 GPUs here"]), ("4,5,6,7", "3", ["there are 1 GPUs here"]),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", learners)
+        found = [*choice._replica_problems(config)]
+        assert len(found) == len(problems) and all(said in one for said, one in zip(problems, found, strict=True))
+    assert vllm_core.free_gpus() == ["7"]
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert not [*choice._replica_problems(config)], "a cluster has GPUs elsewhere"
+    for wrong, said in ((address, "nobody answers there: Connection refused"), ("ray://host:10001", "host and port")):
+        monkeypatch.setenv("RAY_ADDRESS", wrong)
+        assert said in next(choice._replica_problems(config))
 
 
 def test_a_missing_vllm_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,10 @@ KV_BYTES = 2**24
 class Shared:
     """The engine of a test session; `world()` is it with the weights of the start."""
 
-    def __init__(self, folder: Path, seed: int = 0, dtype: str = "float32", **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, seed: int = 0, dtype: str = "float32", replicas: int = 0, **changes: Any
+    ) -> None:
+        self.replicas = replicas
         tiny_model(seed, getattr(torch, dtype), **SHAPE, **changes).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         self.model = ModelConfig(path=str(folder), dtype=dtype)
@@ -32,13 +35,13 @@ class Shared:
 
     def world(self) -> World:
         self.policy.load_state(self.state, 0)
-        if self.engine is None or self.engine.callers.closed:
+        if self.engine is None or self.engine.closed:
             self.engine = self.start()
         self.engine.load_policy(0)
         return World(self.engine, self.policy)
 
     def start(self, model: ModelConfig | None = None, **settings: Any) -> VllmEngine:
-        config = EngineConfig(kind="vllm", slots=64, **settings)
+        config = EngineConfig(kind="vllm", slots=64, replicas=self.replicas, **settings)
         return VllmEngine(self.policy, config, model or self.model, kv_bytes=KV_BYTES)
 
     def close(self) -> None:

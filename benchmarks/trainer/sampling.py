@@ -3,7 +3,8 @@
 Same model, same prompts (3 system prompts × 10 problems × 8 samples), every reply exactly as long, fp32 on a CPU, one
 process, one side after the other in every round. `generate` gets one left-padded batch and is spared the
 log-probabilities, which engines deliver. The engines are measured on the base model and under an adapter: the local one
-merges it, vLLM applies it beside the base weights. Bare vLLM is its own `LLM.generate` without adapters.
+merges it, vLLM applies it beside the base weights. Replicas are processes of their own, with as many threads each. Bare
+vLLM is its own `LLM.generate` without adapters.
 Run: python -m benchmarks.trainer.sampling [--model PATH] [--rounds 3] [--tokens 64] [--threads 1] [--write]
 """
 
@@ -24,7 +25,7 @@ from benchmarks.common import machine, vllm_package, write
 from espl_train.config import Config
 from espl_train.engines.base import Engine, Request
 from espl_train.engines.choice import engine_for
-from espl_train.learner.loading import locate
+from espl_train.learner.loading import locate, precision
 from espl_train.learner.policy import Policy
 from espl_train.randomness import derive, generator
 from espl_train.settings import load, override
@@ -74,7 +75,9 @@ def sides(config: Config, policy: Policy, asked: Sequence[Ids], tokens: int) -> 
     engines = [engine_for(config, policy)]
     if find_spec("vllm") is not None:
         engines.append(engine_for(override(config, {"engine.kind": "vllm"}), policy))
-    for kind, engine in zip(("local engine", "vLLM engine"), engines, strict=False):
+    if find_spec("vllm") is not None and find_spec("ray") is not None:
+        engines.append(engine_for(override(config, {"engine.kind": "vllm", "engine.replicas": 2}), policy))
+    for kind, engine in zip(("local engine", "vLLM engine", "2 vLLM replicas"), engines, strict=False):
         engine.load_policy(policy.version)
         for what, version in (("", None), (", adapter", policy.version)):
             found[kind + what] = lambda engine=engine, version=version: sampled(engine, asked, tokens, version)
@@ -94,7 +97,7 @@ def bare(config: Config, asked: Sequence[Ids], tokens: int) -> Iterator[dict[str
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        locate(config.model.path), dtype=config.model.dtype, skip_tokenizer_init=True, generation_config="vllm",
+        locate(config.model.path), dtype=precision(config.model), skip_tokenizer_init=True, generation_config="vllm",
         max_model_len=config.engine.context, max_num_seqs=config.engine.slots, kv_cache_memory_bytes=2**30, seed=0,
         use_tqdm_on_load=False,
     )

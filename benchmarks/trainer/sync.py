@@ -25,6 +25,7 @@ from espl_train.config import Config
 from espl_train.engines.base import Request, Sample
 from espl_train.engines.choice import engine_for
 from espl_train.engines.vllm import VllmEngine
+from espl_train.learner.loading import precision
 from espl_train.learner.logprobs import sequence_logprobs
 from espl_train.learner.policy import Policy
 from espl_train.randomness import derive, generator
@@ -91,7 +92,7 @@ def measured(name: str, config: Config, rounds: int) -> dict[str, Any]:
     worst = max(figures["mean"] for figures in agree.values())
     print(f"{name:28} {adapted / 1e6:8.1f} {seconds['publish']:9.3f} {seconds['load']:9.3f} {seconds['prove']:9.3f} "
           f"{seconds['total']:9.3f} {worst:12.2g}", flush=True)
-    return {"adapted_parameters": adapted, "rank": config.learner.rank, "dtype": config.model.dtype,
+    return {"adapted_parameters": adapted, "rank": config.learner.rank, "dtype": precision(config.model),
             "device": str(policy.device), "seconds": seconds, "mean_and_worst_difference_by_temperature": agree}
 
 

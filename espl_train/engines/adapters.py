@@ -6,20 +6,18 @@ given twice: samplers compare adapters by name, and one that knew the name alrea
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from espl_train import disk
+from espl_train.engines.scratch import LOCK, Scratch
 
 PREFIX = "espl-adapters-"
 MEMORY = Path("/dev/shm")
-LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +39,9 @@ class AdapterStore:
     """
 
     def __init__(self, root: Path | None = None, size: int = 0) -> None:
-        root = root or _fastest(size)
-        _sweep(root)
-        self.folder, lock = _new(root)
+        self._scratch = Scratch(PREFIX, root or _fastest(size))
+        self.folder = self._scratch.folder
         self._count = 0
-        self._close = weakref.finalize(self, _remove, self.folder, lock)
 
     def publish(self, version: int, save: Callable[[Path], None]) -> Adapter:
         """`save(folder)` writes the files; returns the adapter once all of it is there under its own new name."""
@@ -72,48 +68,10 @@ class AdapterStore:
 
     def close(self) -> None:
         """Remove everything. May be repeated."""
-        self._close()
+        self._scratch.close()
 
 
 def _fastest(size: int) -> Path:
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4 * size:
         return MEMORY
     return Path(tempfile.gettempdir())
-
-
-def _new(root: Path) -> tuple[Path, int]:
-    """A folder with its lock held; a sweep that took it for a dead one's in between is answered with another."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-        try:
-            lock = _locked(folder, os.O_CREAT)
-        except (BlockingIOError, FileNotFoundError):
-            continue
-        if (folder / LOCK).exists():
-            return folder, lock
-        os.close(lock)                  # of a file that the sweep has removed
-
-
-def _sweep(root: Path) -> None:
-    """Remove directories whose engine is gone: its lock died with it."""
-    for folder in root.glob(f"{PREFIX}*"):
-        try:
-            lock = _locked(folder)
-        except OSError:          # its owner lives, or it is somebody else's
-            continue
-        _remove(folder, lock)
-
-
-def _locked(folder: Path, create: int = 0) -> int:
-    descriptor = os.open(folder / LOCK, create | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove(folder: Path, lock: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)

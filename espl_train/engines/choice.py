@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from espl_envs.core.errors import EsplError
+from espl_envs.core.errors import EsplError, MissingExtra
 from espl_train.config import Config
 from espl_train.engines.base import Engine
 from espl_train.learner.loading import context_length, pick_device, precision
 from espl_train.learner.policy import Policy
 
 GIB = 2**30
+PATIENCE = 10          # seconds for a cluster to answer
 
 
 def engine_for(config: Config, policy: Policy) -> Engine:
@@ -41,18 +44,46 @@ def inspect(config: Config, settings: Any) -> str:
     room, context = context_length(SimpleNamespace(config=settings)), config.engine.context
     if context is not None and context > room:
         raise EsplError(f"engine.context is {context}, but {config.model.path} reads {room} tokens in all; lower it")
+    if config.engine.replicas:
+        for problem in _replica_problems(config):
+            raise EsplError(problem)
     if config.engine.kind == "vllm":
         for problem in _vllm_problems(config):
             raise EsplError(problem)
     _fits(config, settings)
-    return f"{config.engine.kind}, {config.engine.slots} sequences at once{_share(config)}"
+    many = f"{config.engine.replicas} in Ray actors, each " if config.engine.replicas else ""
+    return f"{config.engine.kind}, {many}{config.engine.slots} sequences at once{_share(config)}"
 
 
 def concurrent(config: Config, device: str) -> bool:
     """Whether the engine will sample while the learner works: `Engine.concurrent` before there is one."""
     if config.engine.kind == "vllm":
-        return device != "cuda" or config.engine.pause == "keep"
+        return device != "cuda" or config.engine.pause == "keep" or config.engine.replicas > 0
     return config.learner.mode == "lora"
+
+
+def _replica_problems(config: Config) -> Iterator[str]:
+    count = config.engine.replicas
+    if config.engine.kind != "vllm":
+        yield f"engine.replicas is {count}, but the local engine shares the learner's weights; take --engine vllm"
+    if find_spec("ray") is None:
+        raise MissingExtra("ray", f"engine.replicas = {count}")
+    if address := os.environ.get("RAY_ADDRESS"):
+        host, _, port = address.rpartition(":")
+        if "://" in address or not (host and port.isdigit()):
+            yield f"RAY_ADDRESS is {address!r}; give host and port of the cluster's head, as in 10.0.0.1:6379"
+        try:
+            socket.create_connection((host, int(port)), timeout=PATIENCE).close()      # Ray itself takes minutes
+        except OSError as error:
+            yield f"RAY_ADDRESS is {address!r}, but nobody answers there: {error.strerror or error}"
+    elif pick_device(config.model.device).type == "cuda":
+        from espl_train.engines.vllm_core import free_gpus
+
+        if (free := len(free_gpus())) < count:
+            yield (
+                f"engine.replicas is {count}, but beside the learner's there are {free} GPUs here; lower it (0: vLLM "
+                "beside the learner), or name a cluster in RAY_ADDRESS"
+            )
 
 
 def _vllm_problems(config: Config) -> Iterator[str]:
@@ -68,7 +99,7 @@ def _vllm_problems(config: Config) -> Iterator[str]:
         )
     if device.type not in ("cuda", "cpu"):
         yield f"model.device is '{device}', which vLLM does not know; use cuda or cpu, or --engine local"
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and device.index and not config.engine.replicas:
         yield (
             f"model.device is '{device}', but vLLM takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES="
             f"{device.index} and --model.device cuda"
@@ -90,13 +121,15 @@ def _vllm_problems(config: Config) -> Iterator[str]:
 def _share(config: Config) -> str:
     """What vLLM takes of a GPU that the learner works on, too, in words."""
     device = pick_device(config.model.device)
-    if config.engine.kind != "vllm" or device.type != "cuda":
+    if config.engine.kind != "vllm" or config.engine.replicas or device.type != "cuda":
         return ""
+    from espl_train.engines.vllm_core import share
+
     whole = torch.cuda.get_device_properties(device).total_memory / GIB
     meanwhile = {
         "sleep": "all of it given back", "kv": "all but its weights given back", "keep": "none of it given back",
     }[config.engine.pause]
-    return f"; {config.engine.gpu_memory * whole:.1f} GiB of the GPU's {whole:.1f}, {meanwhile} while the learner works"
+    return f"; {share(config.engine) * whole:.1f} GiB of the GPU's {whole:.1f}, {meanwhile} while the learner works"
 
 
 def _vllm_build() -> str:

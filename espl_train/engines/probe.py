@@ -77,12 +77,20 @@ class Probe:
         """The engine serves `version`, which the learner holds now, and beside it still the base model: over the fixed
         passages, and in what it samples (decoding, temperature in the log-probabilities, the base model beside it).
         """
+        self.judge(version, *witness.look(*self.questions(version), GIVEN))
+
+    def questions(self, version: int) -> tuple[list[Request], list[Passage]]:
+        """What `prove` asks the witness: samples, and readings from GIVEN on."""
         laws = [*((version, temperature) for temperature in TEMPERATURES), (None, 1.0)]
         requests = [
             Request(passage[:GIVEN], ANSWER, derive("probe", version, i), (), temperature, policy=policy)
             for i, (passage, (policy, temperature)) in enumerate(zip(self._passages, laws, strict=True))
         ]
-        samples, read = witness.look(requests, self._asked(None, version), GIVEN)
+        return requests, self._asked(None, version)
+
+    def judge(self, version: int, samples: Sequence[Sample], read: Sequence[Values]) -> None:
+        """The other half of `prove`: whether these are answers of `version`, which the learner holds now."""
+        requests, _ = self.questions(version)
         drawn = [(r.tokens + s.tokens, r.temperature) for r, s in zip(requests, samples, strict=True)]
         fixed = [(passage, 1.0) for passage in self._passages]
         claims = self._claims([*fixed, *drawn[:-1]], version)

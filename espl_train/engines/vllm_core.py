@@ -38,6 +38,8 @@ LOGPROBS = "processed_logprobs"
 CPU_PREFILL = 4096         # tokens in one step, or one prompt where that is longer
 CPU_BLOCK = 32             # tokens of a block of keys and values: the grain in which prefixes are shared
 
+ALONE, BESIDE = 0.9, 0.5   # of a GPU's memory
+
 Pause = Literal["sleep", "kv", "keep"]
 Scores = list[float]
 
@@ -62,6 +64,18 @@ def rank_served(rank: int) -> int:
     )
 
 
+def share(config: EngineConfig) -> float:
+    """The share of a GPU that vLLM takes: of its own most, beside the learner half."""
+    return config.gpu_memory or (ALONE if config.replicas else BESIDE)
+
+
+def free_gpus() -> list[str]:
+    """The GPUs of this machine that no learner has, by the names that CUDA_VISIBLE_DEVICES knows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return names[int(os.environ.get("LOCAL_WORLD_SIZE", "1")) :]
+
+
 def installed() -> None:
     """Raises MissingExtra where vLLM is not there."""
     if find_spec("vllm") is None:
@@ -79,6 +93,7 @@ class Core:
         self.device = device
         self._adapter: Adapter | None = None
         self._engine: Any = None
+        self._asked: dict[str, Request | Score] = {}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(torch.distributed.is_initialized()))
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -119,23 +134,39 @@ class Core:
             raise ValueError(f"token ids run from 0 to {self._vocabulary - 1}, here to {max(asked.tokens)}")
         self._engine.add_request(key, {"prompt_token_ids": list(tokens)}, _parameters(asked),
                                  lora_request=self._request(asked.policy))
+        self._asked[key] = asked
 
-    def abort(self, keys: Sequence[str]) -> None:
-        """Forget requests that nobody waits for; unknown keys are fine."""
-        self._engine.abort_request(list(keys))
+    def step(
+        self, fresh: Sequence[tuple[str, Request | Score]] = (), gone: Sequence[str] = ()
+    ) -> list[tuple[str, Sample | Scores | EngineError]]:
+        """Begin `fresh` requests, forget those that nobody waits for, then one token for every request that fits.
+        Returns what has ended, by key: an EngineError where vLLM does not take a request."""
+        if gone:
+            self._engine.abort_request(list(gone))
+        for key in gone:
+            self._asked.pop(key, None)
+        refused: list[tuple[str, Sample | Scores | EngineError]] = []
+        for key, asked in fresh:
+            try:
+                self.add(key, asked)
+            except ValueError as error:                   # the engine is fine
+                refused.append((key, EngineError(f"vLLM refuses the request: {error}")))
+        ended = [out for out in self._engine.step() if out.finished and out.request_id in self._asked]
+        return [*refused, *((out.request_id, result(self._asked.pop(out.request_id), out)) for out in ended)]
 
-    def step(self) -> list[tuple[str, Any]]:
-        """One token for every request that fits; (key, vLLM's output) of those that ended."""
-        return [(out.request_id, out) for out in self._engine.step() if out.finished]
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self._engine.has_unfinished_requests())
 
     def complete(self, asked: Sequence[Request | Score]) -> list[Any]:
         """Begin these and step until all have ended; nothing else may be under way."""
         for number, one in enumerate(asked):
             self.add(f"complete-{number}", one)
         done: dict[str, Any] = {}
-        while self._engine.has_unfinished_requests():
+        while self.busy:
             done |= dict(self.step())
-        return [result(one, done[f"complete-{number}"]) for number, one in enumerate(asked)]
+        return [done[f"complete-{number}"] for number, _ in enumerate(asked)]
 
     def load(self, adapter: Adapter) -> None:
         """Serve `adapter` in place of the one before; keys and values computed with that one are forgotten."""
@@ -233,7 +264,8 @@ def _parameters(asked: Request | Score) -> Any:
 
 
 def _on_gpu(config: EngineConfig) -> dict[str, Any]:
-    return {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.pause != "keep"}
+    sleeps = config.pause != "keep" and not config.replicas
+    return {"gpu_memory_utilization": share(config), "enable_sleep_mode": sleeps}
 
 
 def _on_cpu(context: int) -> dict[str, Any]:
