@@ -13,13 +13,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engine_kit import World, request
 from vllm_kit import Shared, trained
 
 from espl_envs.core.errors import EsplError
+from espl_train.engines.adapters import Adapter
 from espl_train.engines.base import EngineError, Sample
 from espl_train.engines.routing import BEGINNING
 
@@ -81,28 +81,33 @@ def test_a_version_that_one_replica_lacks_is_served_by_none(world: World, monkey
     assert world.ask(request(policy=version))[0].policy == version
 
 
-def test_a_replica_with_other_weights_is_found_out_and_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from espl_train.engines.vllm_ray import Fleet
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_replica_with_other_weights_is_found_out_and_named(
+    world: World, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from safetensors.torch import load, save
 
-    version, packed = trained(world.policy), Fleet.packed
+    from espl_train.engines.vllm_ray import Remote
 
-    def old(fleet: Fleet, adapter: Any) -> Any:
-        """Whoever comes second gets the weights of the base model under the new version's name."""
-        import ray
-        from safetensors.torch import load, save
+    version, original = trained(world.policy), Remote.load
 
-        files = dict(ray.get(packed(fleet, adapter)))
-        if seen.append(adapter.name) or len(seen) == 2:
-            tensors = load(files["adapter_model.safetensors"])
-            files["adapter_model.safetensors"] = save({name: value * 0 for name, value in tensors.items()})
-        return files
+    def other(remote: Remote, adapter: Adapter) -> None:
+        """One of them gets the weights of the base model under the new version's name."""
+        if remote._number != wrong:
+            original(remote, adapter)
+            return
+        files = dict(ray.get(remote._fleet.packed(adapter)))
+        tensors = load(files["adapter_model.safetensors"])
+        files["adapter_model.safetensors"] = save({name: value * 0 for name, value in tensors.items()})
+        remote._ask("load", adapter.version, files)
 
-    seen: list[str] = []
-    monkeypatch.setattr(Fleet, "packed", old)
-    said = r"replica [01] of vLLM: the engine does not serve policy 1: .*those of the base model"
+    monkeypatch.setattr(Remote, "load", other)
+    said = f"replica {wrong} of vLLM: the engine does not serve policy 1: .*those of the base model"
     with pytest.raises(EngineError, match=said):
         world.engine.load_policy(version)
-    assert len(seen) == 2
+    with pytest.raises(EngineError, match="policy None is loaded"):
+        world.ask(request(policy=version))
 
 
 def test_a_replica_that_dies_fails_its_requests_and_is_replaced_and_proven(world: World) -> None:

@@ -72,12 +72,12 @@ def sides(config: Config, policy: Policy, asked: Sequence[Ids], tokens: int) -> 
     """Whoever can sample here, by name; bare vLLM has a turn of its own, because one process holds one vLLM."""
     with policy.reference() as model:
         found: dict[str, Callable[[], int]] = {"model.generate": lambda: generated(model, asked, tokens)}
-    engines = [engine_for(config, policy)]
-    if find_spec("vllm") is not None:
-        engines.append(engine_for(override(config, {"engine.kind": "vllm"}), policy))
-    if find_spec("vllm") is not None and find_spec("ray") is not None:
-        engines.append(engine_for(override(config, {"engine.kind": "vllm", "engine.replicas": 2}), policy))
-    for kind, engine in zip(("local engine", "vLLM engine", "2 vLLM replicas"), engines, strict=False):
+    kinds: dict[str, dict[str, Any]] = {"local engine": {}}
+    if find_spec("vllm") is not None:       # replicas first: vLLM binds its process to cores, and all that it starts
+        replicas = {"2 vLLM replicas": {"engine.kind": "vllm", "engine.replicas": 2}} if find_spec("ray") else {}
+        kinds |= {**replicas, "vLLM engine": {"engine.kind": "vllm"}}
+    engines = [engine_for(override(config, changes), policy) for changes in kinds.values()]
+    for kind, engine in zip(kinds, engines, strict=True):
         engine.load_policy(policy.version)
         for what, version in (("", None), (", adapter", policy.version)):
             found[kind + what] = lambda engine=engine, version=version: sampled(engine, asked, tokens, version)

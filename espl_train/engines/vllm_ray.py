@@ -48,6 +48,8 @@ class Replica:
 
     def start(self, setup: Mapping[str, Any], device: str, size: int) -> int:
         """Build vLLM; returns the process id. Raises EsplError where it cannot be set up."""
+        if device == "cpu":             # else all replicas of a machine take the very same cores
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self._adapters = AdapterStore(size=size)
         self.core = Core(**setup, device=torch.device(device))
         return os.getpid()
