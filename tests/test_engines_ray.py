@@ -130,14 +130,30 @@ def test_a_replica_that_dies_fails_its_requests_and_is_replaced_and_proven(world
     assert pids(world)[0] != first and pids(world)[1] == second
 
 
-def test_a_replica_that_dies_while_weights_are_loaded_is_replaced_at_the_next_try(world: World) -> None:
-    version = trained(world.policy)
-    os.kill(pids(world)[1], signal.SIGKILL)
-    with pytest.raises(EngineError, match="replica 1 of vLLM is gone"):
-        world.engine.load_policy(version)
+def test_a_replica_that_dies_while_weights_are_loaded_is_replaced(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from espl_train.engines.vllm_ray import Remote
+
+    version, original, killed = trained(world.policy), Remote.load, [0]
+
+    def die(remote: Remote, adapter: Adapter) -> None:
+        if remote._number == 1 and len(killed) <= deaths:
+            killed.append(remote.pid)
+            os.kill(remote.pid, signal.SIGKILL)
+        original(remote, adapter)
+
+    monkeypatch.setattr(Remote, "load", die)
+    deaths = 1
     world.engine.load_policy(version)
+    assert len(killed) == 2 and killed[1] not in pids(world)
     samples = world.ask(*(request([2 + i] * 8, policy=version) for i in range(8)))
     assert {sample.policy for sample in samples} == {version}
+    deaths = 3
+    with pytest.raises(EngineError, match="replica 1 of vLLM is gone"):
+        world.engine.load_policy(trained(world.policy))
+    monkeypatch.undo()
+    world.engine.load_policy(world.policy.version)
 
 
 def listening() -> set[str]:

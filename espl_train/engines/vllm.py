@@ -25,7 +25,7 @@ from espl_train.engines.base import EngineError, Request, Sample, room
 from espl_train.engines.probe import GIVEN, TRIAL, Probe
 from espl_train.engines.routing import Router
 from espl_train.engines.vllm_core import Core, Score
-from espl_train.engines.vllm_server import Sampler, Server, look, named
+from espl_train.engines.vllm_server import Lost, Sampler, Server, look, named
 from espl_train.learner.loading import locate
 from espl_train.learner.policy import Policy
 from espl_train.randomness import derive
@@ -145,7 +145,10 @@ class VllmEngine:
             return
         if any(server.load for server in self._servers):
             raise EngineError("weights cannot change while requests are under way")
-        self._serve(version)
+        try:
+            self._serve(version)
+        except Lost:                    # a replica died meanwhile: once more, with the one that takes its place
+            self._serve(version)
         self._state = state
 
     def counts(self) -> Mapping[str, float]:
