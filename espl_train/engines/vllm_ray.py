@@ -19,7 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
+from ray._private import ray_constants
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from espl_envs.core.errors import EsplError
 from espl_train.engines.adapters import Adapter, AdapterStore
@@ -28,13 +31,6 @@ from espl_train.engines.scratch import Scratch
 from espl_train.engines.vllm_core import Core, Pause, Score, free_gpus
 from espl_train.engines.vllm_server import Lost, named
 from espl_train.learner.loading import precision
-
-if not os.environ.get("RAY_ADDRESS"):       # what Ray reads when it is imported: for a Ray of our own
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")         # it listens on loopback alone
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))          # and obeys whoever knows this
-
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
 STRIDE = 0.02           # seconds of decoding for one call: a token takes about as long as a call does
 STORE = 1 << 28         # bytes of Ray's memory for objects, beside room for a few adapters
@@ -196,12 +192,25 @@ class Fleet:
     def _begin(self) -> None:
         self._scratch = Scratch("espl-ray-", Path(tempfile.gettempdir()))
         free = free_gpus() if self._kind == "cuda" else []
-        with _environment({"CUDA_VISIBLE_DEVICES": ",".join(free)} if free else {}):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))          # it obeys whoever knows this
+        with _loopback(), _environment({"CUDA_VISIBLE_DEVICES": ",".join(free)} if free else {}):
             ray.init(
                 address="local", num_cpus=os.cpu_count(), num_gpus=len(free), include_dashboard=False,
                 object_store_memory=STORE + 4 * self._size, log_to_driver=False, logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1", _temp_dir=str(self._scratch.folder / "ray"),
             )
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that begins in here listens on loopback alone: else it takes 127.0.0.1 for the machine's own address. Its
+    processes read the variable when they begin; this one read it when Ray was imported, which vLLM does, too."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
